@@ -1,0 +1,288 @@
+"""One strict, typed description of any model.
+
+`ModelSpec` is the description itself: a pydantic model in which every size is bounded and every key is known.
+`ZooConfig` is the same description as a transformers `PreTrainedConfig`, so that Auto classes, `save_pretrained` and
+`generate` work on it. Layers are a list; a hybrid is written as a pattern and expanded once:
+
+    layers:
+      pattern: "sliding_window*4 attention"       # repeated until num_hidden_layers are filled
+      num_hidden_layers: 30
+      mixers: {sliding_window: {window: 64}}      # options by mixer name
+      defaults: {num_heads: 9, num_kv_heads: 3, head_dim: 64}    # options every mixer of the pattern gets
+      ffn: {name: gated_mlp, hidden_size: 1536}
+
+Unknown keys, wrong types and impossible sizes raise `ConfigError` with the path, the value and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from transformers import PreTrainedConfig
+
+from zoo.errors import ConfigError, ZooError, did_you_mean
+
+MAX_LAYERS = 1024
+Size = Field(ge=1, le=1 << 20)
+Task = Literal["causal-lm", "masked-lm", "sequence-classification", "sentence-embedding"]
+
+
+class Options(BaseModel):
+    """Base of every options class: frozen, keyword-only, strictly typed, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], path: str = "") -> Self:
+        """Build from a dictionary. Raises ConfigError naming the path of the first wrong key."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path or cls.__name__}: expected a mapping of options, got {values!r}")
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls, path)) from None
+
+    def plain(self) -> dict[str, Any]:
+        """The options as JSON types, in the order of the class."""
+        return self.model_dump(mode="json")
+
+
+class MixerOptions(Options):
+    """Options of a sequence mixer; `name` is its name in the registry."""
+
+    name: str
+
+
+class FFNOptions(Options):
+    """Options of a channel mixer; `name` is its name in the registry."""
+
+    name: str
+
+
+def explain(error: ValidationError, cls: type[BaseModel], path: str = "") -> str:
+    """One line for the first problem in a pydantic error: path, value, what is expected, nearest valid key."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in (path, *problem["loc"]) if part != "")
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key{did_you_mean(str(problem['loc'][-1]), _keys_at(cls, problem['loc'][:-1]))}"
+    if problem["type"] == "value_error":
+        return f"{where}: {problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
+    if problem["type"] == "missing":
+        return f"{where}: this key is needed"
+    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+
+
+def _keys_at(cls: type[BaseModel], loc: tuple) -> list[str]:
+    for part in loc:
+        field = cls.model_fields.get(str(part))
+        annotations = [field.annotation] if field else []
+        annotations += [a for outer in annotations for a in getattr(outer, "__args__", ())]
+        cls = next((a for a in annotations if isinstance(a, type) and issubclass(a, BaseModel)), cls)
+    return list(cls.model_fields)
+
+
+class LayerSpec(BaseModel):
+    """One block: a sequence mixer and, unless None, a channel mixer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    mixer: Any
+    ffn: Any = None
+
+    @model_validator(mode="after")
+    def _resolve(self) -> Self:
+        from zoo.registry import parse_ffn, parse_mixer
+
+        object.__setattr__(self, "mixer", parse_mixer(self.mixer, "mixer"))
+        object.__setattr__(self, "ffn", None if self.ffn is None else parse_ffn(self.ffn, "ffn"))
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """The layer as JSON types."""
+        return {"mixer": self.mixer.plain(), "ffn": None if self.ffn is None else self.ffn.plain()}
+
+
+def _default_layers() -> list[dict]:
+    return [
+        {"mixer": {"name": "attention", "num_heads": 4, "head_dim": 16}, "ffn": {"name": "mlp", "hidden_size": 256}}
+    ]
+
+
+class ModelSpec(Options):
+    """Every field of a model. Sizes are in numbers, not bytes; see the comments for what is not obvious."""
+
+    task: Task = "causal-lm"
+    vocab_size: int = Field(256, ge=2, le=1 << 22)
+    hidden_size: int = Field(64, ge=1, le=1 << 17)
+    max_position_embeddings: int = Field(2048, ge=1, le=1 << 27)
+    layers: list[Any] = Field(default_factory=_default_layers, min_length=1, max_length=MAX_LAYERS)
+    block: Literal["pre_norm", "post_norm", "parallel"] = "pre_norm"
+    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    norm_eps: float = Field(1e-5, gt=0, le=1)
+    final_norm: bool = True
+    positions: Literal["none", "learned"] = "none"  # rotary positions are an option of the mixers
+    position_offset: int = Field(0, ge=0, le=1024)  # RoBERTa's learned positions start at 2
+    token_types: int = Field(0, ge=0, le=1024)
+    embedding_norm: bool = False
+    embedding_dropout: float = Field(0.0, ge=0, lt=1)
+    tie_word_embeddings: bool = True
+    lm_head_bias: bool = False
+    mlm_transform: bool = False  # BERT's dense + activation + norm before the vocabulary
+    mlm_activation: str = "gelu"
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    pooler: bool = False  # BERT's dense + tanh on the pooled state
+    normalize_embeddings: bool = True
+    classifier_dropout: float = Field(0.0, ge=0, lt=1)
+    initializer_range: float = Field(0.02, gt=0, le=10)
+    origin: dict[str, Any] = Field(default_factory=dict)  # teacher, layout and original config of a converted model
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("layers"), dict):
+            values = {**values, "layers": expand_pattern(values["layers"])}
+        return values
+
+    @model_validator(mode="after")
+    def _resolve_layers(self) -> Self:
+        layers = []
+        for i, layer in enumerate(self.layers):
+            try:
+                layers.append(layer if isinstance(layer, LayerSpec) else LayerSpec(**layer))
+            except ValidationError as error:
+                raise ValueError(explain(error, LayerSpec, f"layers.{i}")) from None
+            except ZooError as error:
+                raise ValueError(f"layers.{i}.{error}") from None
+            except TypeError:
+                raise ValueError(f"layers.{i}: expected {{mixer: ..., ffn: ...}}, got {layer!r}") from None
+        object.__setattr__(self, "layers", layers)
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """The whole description as JSON types; `ModelSpec.parse` of it gives an equal description."""
+        return {**self.model_dump(mode="json", exclude={"layers"}), "layers": [layer.plain() for layer in self.layers]}
+
+
+class Pattern(Options):
+    """A compact list of layers; see the module docstring."""
+
+    pattern: str
+    num_hidden_layers: int = Field(ge=1, le=MAX_LAYERS)
+    mixers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    ffn: dict[str, Any] | None = None
+
+
+def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """`{"pattern": "a*2 b", "num_hidden_layers": 5, ...}` -> a list of layers a, a, b, a, a."""
+    pattern = Pattern.parse(values, "layers")
+    names: list[str] = []
+    for word in re.split(r"[\s,]+", pattern.pattern.strip()):
+        match = re.fullmatch(r"([A-Za-z_][\w-]*)(?:\*(\d{1,4}))?", word)
+        if not match:
+            raise ConfigError(
+                f"layers.pattern: cannot read {word!r}; write names with repeats, such as 'mamba2*3 attention'"
+            )
+        names += [match[1]] * int(match[2] or 1)
+    if not names:
+        raise ConfigError("layers.pattern: no layer in it")
+    if unused := set(pattern.mixers) - set(names):
+        raise ConfigError(f"layers.mixers.{min(unused)}: not in the pattern{did_you_mean(min(unused), set(names))}")
+    return [
+        {
+            "mixer": {"name": name, **pattern.defaults, **pattern.mixers.get(name, {})},
+            "ffn": None if pattern.ffn is None else dict(pattern.ffn),
+        }
+        for name in (names[i % len(names)] for i in range(pattern.num_hidden_layers))
+    ]
+
+
+# What transformers itself puts into a config.json; everything else that ModelSpec does not know is refused.
+_TRANSFORMERS_KEYS = {
+    "architectures", "attn_implementation", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
+    "eos_token_id", "id2label", "is_encoder_decoder", "label2id", "model_type", "name_or_path", "num_labels",
+    "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "sep_token_id",
+    "cls_token_id", "mask_token_id", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+    "_attn_implementation", "_commit_hash", "_name_or_path",
+}  # fmt: skip
+
+
+class ZooConfig(PreTrainedConfig):
+    """`ModelSpec` as a transformers config. Fields of the spec are attributes; `spec` gives them back typed."""
+
+    model_type = "zoo"
+
+    def __init__(self, **kwargs: Any) -> None:
+        fields = set(ModelSpec.model_fields)
+        for key in kwargs:
+            if key not in fields and key not in _TRANSFORMERS_KEYS:
+                raise ConfigError(f"{key}: unknown key{did_you_mean(key, sorted(fields | _TRANSFORMERS_KEYS))}")
+        spec = ModelSpec.parse({k: v for k, v in kwargs.items() if k in fields})
+        for key, value in spec.plain().items():
+            object.__setattr__(self, key, value)
+        rest = {k: v for k, v in kwargs.items() if k not in fields and k != "model_type"}
+        self._init_transformers(rest)
+
+    def _init_transformers(self, values: dict[str, Any]) -> None:
+        from dataclasses import MISSING
+        from dataclasses import fields as dataclass_fields
+
+        known = {f.name: f for f in dataclass_fields(PreTrainedConfig)}
+        for name, field in known.items():
+            if name in values:
+                setattr(self, name, values[name])
+            else:
+                setattr(self, name, field.default_factory() if field.default is MISSING else field.default)
+        self.use_cache = bool(values.get("use_cache", True))
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(self, name, values.get(name))
+        skip = {*known, "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
+        PreTrainedConfig.__post_init__(self, **{k: v for k, v in values.items() if k not in skip})
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The typed description, made from the attributes as they are now."""
+        return ModelSpec.parse({name: getattr(self, name) for name in ModelSpec.model_fields})
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """How many blocks there are."""
+        return len(self.layers)
+
+    @property
+    def mixer_names(self) -> list[str]:
+        """The mixer of each layer, by name."""
+        return [layer["mixer"]["name"] for layer in self.layers]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-5 as a number, as JSON does and people expect."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.[\d_]+(?:[eE][-+]?\d+)?|\.inf|\.nan)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def load_yaml(path: str | Path) -> Any:
+    """Read one YAML file. Raises ConfigError with the path and line where it cannot be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text") from None
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None

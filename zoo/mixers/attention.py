@@ -1,0 +1,122 @@
+"""Softmax attention (Vaswani et al. 2017, arXiv 1706.03762), with all the heads in use today.
+
+    y_t = sum_{s <= t} softmax_s(scale * q_t . k_s) v_s
+
+Multi-head, grouped-query (Ainslie et al. 2023) and multi-query (Shazeer 2019) attention differ in `num_kv_heads` only.
+Rotary positions, QK-norm, biases and a window are options. The state is the keys and values of all positions: it grows
+by 2 * num_kv_heads * head_dim numbers a token. Conversion from attention is a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from zoo import ops
+from zoo.mixers.base import AttentionWeights, State, Traits
+from zoo.mixers.qkv import Inputs, QKVMixer, QKVOptions
+from zoo.registry import register_mixer
+
+
+class AttentionConfig(QKVOptions):
+    """Options of `attention`. `window`: a position sees itself and the `window - 1` before it."""
+
+    name: Literal["attention"] = "attention"
+    window: int | None = Field(None, ge=1, le=1 << 27)
+
+
+@register_mixer("attention")
+class Attention(QKVMixer):
+    """Softmax attention; see the module docstring."""
+
+    Config = AttentionConfig
+    traits = Traits(causal=True, bidirectional=True, state="grows", exact=True)
+    config: AttentionConfig
+
+    def mix(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        mask_BS, tensors = inputs.mask_BL, {}
+        if inputs.state is not None:
+            tensors = append(inputs.state, k_BGLK, v_BGLV, inputs.mask_BL)
+            S = inputs.state.length + k_BGLK.shape[2]
+            k_BGLK, v_BGLV = tensors["k"][:, :, :S], tensors["v"][:, :, :S]
+            mask_BS = tensors["mask"][:, :S] if "mask" in tensors else None
+        y_BHLV = ops.attention(
+            q_BHLK,
+            k_BGLK,
+            v_BGLV,
+            causal=self.config.causal,
+            scale=self.config.softmax_scale,
+            mask_BS=mask_BS,
+            segments_BS=inputs.segments_BL,
+            window=self.config.window,
+        )
+        return y_BHLV, tensors
+
+    def mix_state(self, batch_size: int, device: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        c = self.config
+        return {
+            "k": torch.empty(batch_size, c.kv_heads, 0, c.head_dim, device=device, dtype=dtype),
+            "v": torch.empty(batch_size, c.kv_heads, 0, c.value_dim, device=device, dtype=dtype),
+        }
+
+    @classmethod
+    def conversion_defaults(cls, attention: AttentionWeights) -> dict[str, Any]:
+        return {"window": attention.window}
+
+    def attention_weights(self) -> AttentionWeights:
+        """This layer as numbers, for the `from_attention` of another mixer."""
+        c = self.config
+        return AttentionWeights(
+            q_HKD=self.q_proj.weight.detach(),
+            k_GKD=self.k_proj.weight.detach(),
+            v_GVD=self.v_proj.weight.detach(),
+            o_DHV=self.o_proj.weight.detach(),
+            **{
+                f"{n}_bias": None if (b := getattr(self, f"{n}_proj").bias) is None else b.detach()
+                for n in ("q", "k", "v", "o")
+            },
+            num_heads=c.num_heads,
+            num_kv_heads=c.kv_heads,
+            head_dim=c.head_dim,
+            value_head_dim=c.value_dim,
+            rotary=c.rotary,
+            qk_norm=(self.q_norm.weight.detach(), self.k_norm.weight.detach()) if c.qk_norm else None,
+            qk_norm_eps=c.qk_norm_eps,
+            scale=c.softmax_scale,
+            causal=c.causal,
+            window=c.window,
+        )
+
+
+def append(state: State, k_BGLK: Tensor, v_BGLV: Tensor, mask_BL: Tensor | None) -> dict[str, Tensor]:
+    """The keys, values and validity of all positions so far, in buffers that grow by an eighth at a time.
+
+    Decoding writes one position in place instead of copying the whole cache; with gradients the pieces are joined.
+    A validity mask exists only once some position was masked.
+    """
+    new = {"k": (k_BGLK, 2), "v": (v_BGLV, 2)}
+    tensors = dict(state.tensors)
+    start, end = state.length, state.length + k_BGLK.shape[2]
+    if mask_BL is not None or "mask" in state:
+        B, device = k_BGLK.shape[0], k_BGLK.device
+        tensors.setdefault("mask", torch.ones(B, start, dtype=torch.bool, device=device))
+        ones = torch.ones(B, end - start, dtype=torch.bool, device=device)
+        new["mask"] = (ones if mask_BL is None else mask_BL.bool(), 1)
+    out = {}
+    for name, (piece, dim) in new.items():
+        buffer = tensors[name]
+        if torch.is_grad_enabled() and (piece.requires_grad or buffer.requires_grad):
+            out[name] = torch.cat([buffer.narrow(dim, 0, start), piece], dim)
+            continue
+        if buffer.shape[dim] < end:
+            shape = list(buffer.shape)
+            shape[dim] = end if start == 0 else end + max(64, end // 8)
+            grown = torch.empty(shape, dtype=piece.dtype, device=piece.device)
+            grown.narrow(dim, 0, start).copy_(buffer.narrow(dim, 0, start))
+            buffer = grown
+        buffer.narrow(dim, start, end - start).copy_(piece)
+        out[name] = buffer
+    return out

@@ -1,0 +1,9 @@
+"""The mathematics: per op a sequential reference (`reference.py`), a form made of matrix products, one dispatch."""
+
+from zoo.ops.attention import attention
+from zoo.ops.conv import short_conv
+from zoo.ops.delta import delta_rule
+from zoo.ops.recurrence import LinearState, linear_recurrence
+from zoo.ops.window import window_attention
+
+__all__ = ["LinearState", "attention", "delta_rule", "linear_recurrence", "short_conv", "window_attention"]
