@@ -1,0 +1,126 @@
+"""The plain mathematics of every op: loops over time, written as the papers write them.
+
+Slow and obvious. The fast forms are tested against these, in float64 where it matters. They take the same
+arguments as the ops, without `chunk` and `backend`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.ops.recurrence import LinearState
+
+
+def _run_starts(segments_BL: Tensor | None, mask_BL: Tensor) -> Tensor:
+    """True where a packed run begins anew: a real token whose id differs from that of the real token before it."""
+    starts_BL = torch.zeros_like(mask_BL)
+    if segments_BL is None:
+        return starts_BL
+    for b, row in enumerate(segments_BL.tolist()):
+        previous = None
+        for t, segment in enumerate(row):
+            if mask_BL[b, t]:
+                starts_BL[b, t] = previous is not None and segment != previous
+                previous = segment
+    return starts_BL
+
+
+def _decay_at(log_decay: Tensor | None, t: int, like_BGK1: Tensor) -> Tensor:
+    """The decay factor of step t in a shape that broadcasts against a state (B, G, K, V)."""
+    if log_decay is None:
+        return torch.ones_like(like_BGK1)
+    if log_decay.ndim == 1:
+        return log_decay.exp()[None, :, None, None].expand_as(like_BGK1)
+    step = log_decay[:, :, t].exp()
+    return (step[..., None, None] if log_decay.ndim == 3 else step[..., None]).expand_as(like_BGK1)
+
+
+def linear_recurrence_reference(
+    q_BHLK: Tensor,
+    k_BGLK: Tensor,
+    v_BGLV: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    initial: LinearState | None = None,
+    final: bool = False,
+    mask_BL: Tensor | None = None,
+    segments_BL: Tensor | None = None,
+) -> tuple[Tensor, LinearState | None]:
+    """S_t = diag(a_t) S_{t-1} + k_t v_t^T and y_t = scale * S_t^T q_t, one step after another.
+
+    Linear attention (Katharopoulos et al. 2020, eq. 16-20, with the normaliser z_t = a_t z_{t-1} + k_t), RetNet (Sun
+    et al. 2023, eq. 6: constant decay), Mamba-2 (Dao and Gu 2024, section 3.1: scalar decay) and GLA (Yang et al. 2024,
+    eq. 3: vector decay). See `zoo.ops.recurrence.linear_recurrence` for the arguments.
+    """
+    B, G, L, K = k_BGLK.shape
+    H, V = q_BHLK.shape[1], v_BGLV.shape[-1]
+    dtype = torch.promote_types(torch.float32, torch.promote_types(q_BHLK.dtype, v_BGLV.dtype))
+    mask_BL = torch.ones(B, L, dtype=torch.bool, device=k_BGLK.device) if mask_BL is None else mask_BL
+    starts_BL = _run_starts(segments_BL, mask_BL)
+    q_BGRLK = q_BHLK.to(dtype).unflatten(1, (G, H // G))
+    k_BGLK, v_BGLV = k_BGLK.to(dtype), v_BGLV.to(dtype)
+    log_decay = None if log_decay is None else log_decay.to(dtype)
+    S_BGKV = k_BGLK.new_zeros(B, G, K, V) if initial is None else initial.kv_BGKV.to(dtype)
+    z_BGK = k_BGLK.new_zeros(B, G, K) if initial is None or initial.z_BGK is None else initial.z_BGK.to(dtype)
+    steps = []
+    for t in range(L):
+        real = mask_BL[:, t, None, None, None]
+        a_BGK1 = _decay_at(log_decay, t, S_BGKV[..., :1])
+        a_BGK1 = a_BGK1.masked_fill(starts_BL[:, t, None, None, None], 0.0)
+        q_BGRK, k_BGK, v_BGV = q_BGRLK[:, :, :, t], k_BGLK[:, :, t], v_BGLV[:, :, t]
+        S_BGKV = torch.where(real, a_BGK1 * S_BGKV + k_BGK[..., None] * v_BGV[..., None, :], S_BGKV)
+        z_BGK = torch.where(real[..., 0], a_BGK1[..., 0] * z_BGK + k_BGK, z_BGK)
+        y_BGRV = torch.einsum("bgrk,bgkv->bgrv", q_BGRK, S_BGKV)
+        if normalize:
+            y_BGRV = y_BGRV / torch.einsum("bgrk,bgk->bgr", q_BGRK, z_BGK).clamp(min=eps)[..., None]
+        else:
+            y_BGRV = scale * y_BGRV
+        steps.append(torch.where(real, y_BGRV, 0.0))
+    y_BHLV = torch.stack(steps, dim=3).flatten(1, 2).to(v_BGLV.dtype)
+    return y_BHLV, LinearState(S_BGKV, z_BGK if normalize else None) if final else None
+
+
+def delta_rule_reference(
+    q_BHLK: Tensor,
+    k_BGLK: Tensor,
+    v_BGLV: Tensor,
+    beta_BGL: Tensor,
+    log_decay_BGL: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial: Tensor | None = None,
+    final: bool = False,
+    mask_BL: Tensor | None = None,
+    segments_BL: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T and y_t = scale * S_t^T q_t, one step after another.
+
+    DeltaNet (Schlag et al. 2021; Yang et al. 2024, eq. 4; a_t = 1) and Gated DeltaNet (Yang et al. 2025, eq. 10).
+    See `zoo.ops.delta.delta_rule` for the arguments.
+    """
+    B, G, L, K = k_BGLK.shape
+    H, V = q_BHLK.shape[1], v_BGLV.shape[-1]
+    dtype = torch.promote_types(torch.float32, torch.promote_types(q_BHLK.dtype, v_BGLV.dtype))
+    mask_BL = torch.ones(B, L, dtype=torch.bool, device=k_BGLK.device) if mask_BL is None else mask_BL
+    starts_BL = _run_starts(segments_BL, mask_BL)
+    q_BGRLK = q_BHLK.to(dtype).unflatten(1, (G, H // G))
+    k_BGLK, v_BGLV, beta_BGL = k_BGLK.to(dtype), v_BGLV.to(dtype), beta_BGL.to(dtype)
+    log_decay = None if log_decay_BGL is None else log_decay_BGL.to(dtype)
+    S_BGKV = k_BGLK.new_zeros(B, G, K, V) if initial is None else initial.to(dtype)
+    steps = []
+    for t in range(L):
+        real = mask_BL[:, t, None, None, None]
+        a_BGK1 = _decay_at(log_decay, t, S_BGKV[..., :1])
+        decayed_BGKV = a_BGK1.masked_fill(starts_BL[:, t, None, None, None], 0.0) * S_BGKV
+        k_BGK, v_BGV = k_BGLK[:, :, t], v_BGLV[:, :, t]
+        recalled_BGV = torch.einsum("bgk,bgkv->bgv", k_BGK, decayed_BGKV)  # what the state answers to the key
+        write_BGV = beta_BGL[:, :, t, None] * (v_BGV - recalled_BGV)
+        S_BGKV = torch.where(real, decayed_BGKV + k_BGK[..., None] * write_BGV[..., None, :], S_BGKV)
+        y_BGRV = scale * torch.einsum("bgrk,bgkv->bgrv", q_BGRLK[:, :, :, t], S_BGKV)
+        steps.append(torch.where(real, y_BGRV, 0.0))
+    y_BHLV = torch.stack(steps, dim=3).flatten(1, 2).to(v_BGLV.dtype)
+    return y_BHLV, S_BGKV if final else None
