@@ -9,7 +9,7 @@ from torch import Tensor
 def token_positions(
     x_BLD: Tensor, mask_BL: Tensor | None = None, segments_BL: Tensor | None = None, seen_B: Tensor | None = None
 ) -> Tensor:
-    """Position of each token among the real tokens of its sequence, counted from 0: int64 (B, L), or (1, L) if all rows agree.
+    """Position of each token among the real tokens of its sequence, from 0: int64 (B, L), or (1, L) if all rows agree.
 
     mask_BL: False positions do not count (they get the position of the last real token before them, at least 0).
     segments_BL: the count starts again where the id changes. seen_B: real tokens of the row in earlier calls.

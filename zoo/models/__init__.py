@@ -1,0 +1,1 @@
+"""Models: one backbone, heads by task, states inside transformers' caches."""

@@ -1,0 +1,233 @@
+"""The one backbone of all families: embedding, a stack of blocks, final norm.
+
+pre_norm:   x = x + mixer(norm(x));  x = x + ffn(norm(x))              Llama, GPT-2, Mamba
+post_norm:  x = norm(x + mixer(x));  x = norm(x + ffn(x))              BERT
+parallel:   x = x + mixer(norm_1(x)) + ffn(norm_2(x))                  GPT-NeoX
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from zoo.config import LayerSpec, ModelSpec, ZooConfig
+from zoo.mixers.base import SequenceMixer, State
+from zoo.models.state import StateLayer, as_state_cache, state_cache
+from zoo.ops.positions import token_positions
+from zoo.registry import ffn_class, mixer_class
+
+
+def make_norm(spec: ModelSpec) -> nn.Module:
+    """The norm a model's config names."""
+    cls = {"rms_norm": nn.RMSNorm, "layer_norm": nn.LayerNorm}[spec.norm]
+    return cls(spec.hidden_size, eps=spec.norm_eps)
+
+
+class Block(GradientCheckpointingLayer):
+    """A sequence mixer and a channel mixer with their norms and residuals."""
+
+    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+        super().__init__()
+        self.order = spec.block
+        self.mixer_norm = make_norm(spec)
+        self.mixer = mixer_class(layer.mixer.name)(layer.mixer, spec.hidden_size)
+        self.ffn_norm = self.ffn = None
+        if layer.ffn is not None:
+            self.ffn_norm = make_norm(spec)
+            self.ffn = ffn_class(layer.ffn.name)(layer.ffn, spec.hidden_size)
+
+    def forward(
+        self, x_BLD: Tensor, mask_BL: Tensor | None, segments_BL: Tensor | None, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        """One block. The state that comes back is None where none was given."""
+
+        def mix(u_BLD: Tensor) -> tuple[Tensor, State | None]:
+            return self.mixer(u_BLD, mask_BL=mask_BL, segments_BL=segments_BL, state=state)
+
+        if self.order == "post_norm":
+            y_BLD, state = mix(x_BLD)
+            x_BLD = self.mixer_norm(x_BLD + y_BLD)
+            return (x_BLD if self.ffn is None else self.ffn_norm(x_BLD + self.ffn(x_BLD))), state
+        y_BLD, state = mix(self.mixer_norm(x_BLD))
+        if self.ffn is None:
+            return x_BLD + y_BLD, state
+        if self.order == "parallel":
+            return x_BLD + y_BLD + self.ffn(self.ffn_norm(x_BLD)), state
+        x_BLD = x_BLD + y_BLD
+        return x_BLD + self.ffn(self.ffn_norm(x_BLD)), state
+
+
+class ZooPreTrainedModel(PreTrainedModel):
+    """Base of the backbone and of every head."""
+
+    config_class = ZooConfig
+    config: ZooConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, SequenceMixer) or (hasattr(module, "reset_parameters") and _is_ours(module)):
+            module.reset_parameters(std)  # type: ignore[operator]
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+            if module.weight is not None:
+                init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return not type(module).__module__.startswith("torch.")
+
+
+class ZooModel(ZooPreTrainedModel):
+    """Token ids to hidden states, for every architecture in the registry."""
+
+    def __init__(self, config: ZooConfig) -> None:
+        super().__init__(config)
+        spec = config.spec
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        if spec.positions == "learned":
+            self.embed_positions = nn.Embedding(spec.max_position_embeddings + spec.position_offset, spec.hidden_size)
+        if spec.token_types:
+            self.embed_token_types = nn.Embedding(spec.token_types, spec.hidden_size)
+        self.embed_norm = make_norm(spec) if spec.embedding_norm else None
+        self.dropout = nn.Dropout(spec.embedding_dropout)
+        self.layers = nn.ModuleList(Block(spec, layer) for layer in spec.layers)
+        self.norm = make_norm(spec) if spec.final_norm else None
+        self.gradient_checkpointing = False
+        mixers = [m for m in self.modules() if isinstance(m, SequenceMixer)]
+        self._keep_in_fp32_modules_strict = {name for m in mixers for name in m.keep_float32}
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **unused: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, L, D) after the final norm.
+
+        Args:
+            input_ids: (B, L) token ids; or `inputs_embeds` (B, L, D).
+            attention_mask: (B, L) or, with a cache, (B, past + L); 0 marks padding, anywhere in a row.
+            token_type_ids: (B, L), for models with token types.
+            segment_ids: (B, L) ids of packed sequences, which do not see each other. Not with a cache.
+            past_key_values: a cache of earlier calls, or an empty one to fill.
+            use_cache: whether to return one; the default is the config's, and False in training.
+            output_hidden_states: whether to return the input of every block and the final state.
+
+        Raises ValueError for a mask that is not two-dimensional, and for positions beyond the learned ones.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        L = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        cache = self._cache(past_key_values, use_cache, segment_ids)
+        mask_BL = self._mask(attention_mask, L)
+        x_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x_BLD = self._embed(x_BLD, mask_BL, token_type_ids, segment_ids, cache)
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden = []
+        for i, block in enumerate(self.layers):
+            if keep:
+                hidden.append(x_BLD)
+            state = None if cache is None else self._state(cache, i, x_BLD)
+            x_BLD, state = block(x_BLD, mask_BL, segment_ids, state)
+            if cache is not None:
+                cache.layers[i].set(state)
+        if self.norm is not None:
+            x_BLD = self.norm(x_BLD)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x_BLD, past_key_values=cache, hidden_states=(*hidden, x_BLD) if keep else None
+        )
+
+    def _cache(self, cache: Cache | None, use_cache: bool | None, segment_ids: Tensor | None) -> Any:
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and segment_ids is None and self.is_causal
+        learned = self.config.positions == "learned"
+        layers = len(self.layers) + learned  # one more layer counts the tokens seen, for learned positions
+        if cache is not None:
+            return as_state_cache(cache, layers)
+        return state_cache(layers) if use_cache else None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether every layer is causal, so that a state can be carried."""
+        return all(getattr(block.mixer.config, "causal", True) for block in self.layers)
+
+    @staticmethod
+    def _mask(attention_mask: Tensor | None, L: int) -> Tensor | None:
+        if attention_mask is None:
+            return None
+        if attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must be (batch, length), got shape {tuple(attention_mask.shape)}")
+        mask_BL = attention_mask[:, -L:].bool()
+        # Most batches are not padded: then every op takes its fast path. Not under compile, where it would be a break.
+        if not torch.compiler.is_compiling() and bool(mask_BL.all()):
+            return None
+        return mask_BL
+
+    def _embed(
+        self,
+        x_BLD: Tensor,
+        mask_BL: Tensor | None,
+        token_type_ids: Tensor | None,
+        segments_BL: Tensor | None,
+        cache: Any,
+    ) -> Tensor:
+        B, L = x_BLD.shape[:2]
+        if self.config.positions == "learned":
+            seen = cache.layers[-1] if cache is not None else None
+            seen_B = seen.state["seen"] if seen is not None and seen.state is not None else None
+            positions_BL = token_positions(x_BLD, mask_BL, segments_BL, seen_B)
+            limit = self.config.max_position_embeddings
+            if not torch.compiler.is_compiling() and int(positions_BL.max()) >= limit:
+                raise ValueError(f"position {int(positions_BL.max())} is beyond the {limit} learned positions")
+            x_BLD = x_BLD + self.embed_positions(positions_BL + self.config.position_offset)
+            if seen is not None:
+                new_B = mask_BL.sum(1) if mask_BL is not None else torch.full((B,), L, device=x_BLD.device)
+                length = L + seen.get_seq_length()
+                seen.set(State({"seen": new_B if seen_B is None else seen_B + new_B}, length))
+        if self.config.token_types:
+            if token_type_ids is None:
+                x_BLD = x_BLD + self.embed_token_types.weight[0]
+            else:
+                x_BLD = x_BLD + self.embed_token_types(token_type_ids)
+        if self.embed_norm is not None:
+            x_BLD = self.embed_norm(x_BLD)
+        return self.dropout(x_BLD)
+
+    def _state(self, cache: Any, i: int, x_BLD: Tensor) -> State:
+        layer: StateLayer = cache.layers[i]
+        if layer.state is not None:
+            return layer.state
+        kind, dtype = x_BLD.device.type, x_BLD.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return self.layers[i].mixer.init_state(x_BLD.shape[0], device=x_BLD.device, dtype=dtype)  # type: ignore[operator]

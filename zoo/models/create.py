@@ -1,0 +1,90 @@
+"""Create a model by name, from a folder, or from the Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from zoo.config import ZooConfig
+from zoo.errors import CheckpointError, ConfigError, did_you_mean
+from zoo.models.backbone import ZooPreTrainedModel
+from zoo.models.heads import TASK_CLASSES
+from zoo.registry import model_config, model_entry
+
+
+def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> ZooPreTrainedModel:
+    """A model by registered name (fresh weights), by folder, or by `hf-hub:org/name@revision` (stored weights).
+
+    Args:
+        name: ``"retnet-tiny"``, ``"name.tag"`` with `pretrained`, ``"path/to/folder"`` or ``"hf-hub:org/name"``.
+        pretrained: load the published weights of a registered name.
+        overrides: top-level fields of the config, such as ``vocab_size=4096``; for stored weights, arguments of
+            `from_pretrained` such as ``dtype``.
+
+    Raises:
+        UnknownNameError: a misspelt name, with the nearest ones. ConfigError: a wrong override.
+        CheckpointError: a folder that holds no complete model.
+    """
+    if name.startswith("hf-hub:"):
+        repo, _, revision = name.removeprefix("hf-hub:").partition("@")
+        return _load(repo, revision=revision or "main", **overrides)
+    if Path(name).is_dir() or "/" in name:
+        return load_folder(name, **overrides)
+    entry = model_entry(name)
+    if not pretrained:
+        config = model_config(name, **overrides)
+        return TASK_CLASSES[config.task](config)
+    tag = name[len(entry.name) + 1 :] or next(iter(entry.tags), "")
+    if tag not in entry.tags:
+        raise ConfigError(f"{entry.name} has no published weights yet; create it with pretrained=False and train it")
+    source = entry.tags[tag]
+    return _load(source["repo"], revision=source.get("revision", "main"), **overrides)
+
+
+def load_folder(folder: str | Path, **options: Any) -> ZooPreTrainedModel:
+    """Load a saved model. Raises CheckpointError where the folder is missing or not a complete zoo model."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        siblings = [p.name for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
+        raise CheckpointError(f"{folder}: no such folder{did_you_mean(folder.name, siblings)}")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no config.json in it; a saved model has config.json and model.safetensors")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict) or values.get("model_type") != "zoo":
+        kind = values.get("model_type") if isinstance(values, dict) else None
+        raise CheckpointError(
+            f"{path}: model_type is {kind!r}, not 'zoo'; `zoo convert {folder}` makes a zoo model of it"
+        )
+    _refuse_outside_files(folder)
+    return _load(folder, **options)
+
+
+def _refuse_outside_files(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    for file in set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()):
+        if Path(file).name != file:
+            raise CheckpointError(f"{index}: weight file {file!r} lies outside the folder")
+
+
+def _load(source: str | Path, **options: Any) -> ZooPreTrainedModel:
+    config = ZooConfig.from_pretrained(source, **{k: options[k] for k in ("revision",) if k in options})
+    cls = TASK_CLASSES[config.task]
+    try:
+        model, info = cls.from_pretrained(source, config=config, output_loading_info=True, **options)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise CheckpointError(f"{source}: the weights are truncated or damaged: {error}") from None
+        raise
+    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+    if wrong:
+        raise CheckpointError(f"{source}: weights do not fit the config, first {wrong[0]!r} of {len(wrong)}")
+    return model

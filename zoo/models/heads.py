@@ -1,0 +1,194 @@
+"""Heads on the backbone: causal LM, masked LM, sequence classification, sentence embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForSequenceClassification as AutoClassifier
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    SequenceClassifierOutputWithPast,
+)
+
+from zoo.config import ModelSpec, ZooConfig
+from zoo.errors import TraitError
+from zoo.models.backbone import ZooModel, ZooPreTrainedModel, make_norm
+
+_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
+    """Next-token prediction; works with `generate`."""
+
+    _tied_weights_keys = _TIED
+
+    def __init__(self, config: ZooConfig) -> None:
+        super().__init__(config)
+        self.model = ZooModel(config)
+        if not self.model.is_causal:
+            raise TraitError("a causal LM needs causal layers: set causal: true on every mixer, or take task masked-lm")
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, L, vocab), or of the last `logits_to_keep` positions; a loss where `labels` are given.
+
+        `labels` (B, L) are the input ids themselves (shifted inside); -100 is not counted. The rest as `ZooModel`.
+        """
+        extra = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in kwargs}
+        out = self.model(input_ids, attention_mask, past_key_values=past_key_values, **kwargs)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        if isinstance(logits_to_keep, Tensor):
+            keep = logits_to_keep  # type: ignore[assignment]
+        logits = self.lm_head(out.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )
+
+
+class MaskedLMTransform(nn.Module):
+    """BERT's dense layer, activation and norm before the vocabulary."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.dense = nn.Linear(spec.hidden_size, spec.hidden_size)
+        self.act = ACT2FN[spec.mlm_activation]
+        self.norm = make_norm(spec)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.norm(self.act(self.dense(x_BLD)))
+
+
+class ZooForMaskedLM(ZooPreTrainedModel):
+    """Prediction of masked tokens by a two-sided encoder."""
+
+    _tied_weights_keys = _TIED
+
+    def __init__(self, config: ZooConfig) -> None:
+        super().__init__(config)
+        self.model = ZooModel(config)
+        self.transform = MaskedLMTransform(config.spec) if config.mlm_transform else None
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """Logits (B, L, vocab); a loss where `labels` (B, L, -100 where not counted) are given."""
+        out = self.model(input_ids, attention_mask, use_cache=False, **kwargs)
+        x_BLD = out.last_hidden_state
+        logits = self.lm_head(x_BLD if self.transform is None else self.transform(x_BLD))
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+
+
+def pool(x_BLD: Tensor, attention_mask: Tensor | None, how: str) -> Tensor:
+    """One vector a sequence: the mean over real tokens, the first one, or the last one; (B, D)."""
+    if attention_mask is None:
+        attention_mask = torch.ones(x_BLD.shape[:2], dtype=torch.long, device=x_BLD.device)
+    mask_BL1 = attention_mask[:, :, None].to(x_BLD.dtype)
+    if how == "mean":
+        return (x_BLD * mask_BL1).sum(1) / mask_BL1.sum(1).clamp(min=1e-9)
+    place_BL = attention_mask.long().cumsum(1)
+    wanted = (place_BL == 1) if how == "cls" else (place_BL == place_BL[:, -1:])
+    index_B = (wanted & attention_mask.bool()).long().argmax(1)
+    return x_BLD[torch.arange(x_BLD.shape[0], device=x_BLD.device), index_B]
+
+
+class ZooForSequenceClassification(ZooPreTrainedModel):
+    """A label (or a number, for one label) for each sequence."""
+
+    def __init__(self, config: ZooConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = ZooModel(config)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if config.pooler else None
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits (B, num_labels); a loss where `labels` (B,) are given: squared error for one, else cross-entropy."""
+        out = self.model(input_ids, attention_mask, use_cache=False, **kwargs)
+        pooled = pool(out.last_hidden_state, attention_mask, self.config.pooling)
+        if self.pooler is not None:
+            pooled = torch.tanh(self.pooler(pooled))
+        logits = self.classifier(self.dropout(pooled))
+        loss = None
+        if labels is not None:
+            kind = self.config.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
+            if kind == "regression":
+                loss = F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+            elif kind == "multi_label_classification":
+                loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+            else:
+                loss = F.cross_entropy(logits, labels)
+        return SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states)
+
+
+class ZooForSentenceEmbedding(ZooPreTrainedModel):
+    """One unit vector a sentence, by pooling the encoder's states."""
+
+    def __init__(self, config: ZooConfig) -> None:
+        super().__init__(config)
+        self.model = ZooModel(config)
+        self.post_init()
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """`pooler_output` (B, D): the sentence embeddings, of length one unless `normalize_embeddings` is off."""
+        out = self.model(input_ids, attention_mask, use_cache=False, **kwargs)
+        pooled = pool(out.last_hidden_state, attention_mask, self.config.pooling)
+        if self.config.normalize_embeddings:
+            pooled = F.normalize(pooled, dim=-1)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=out.last_hidden_state, pooler_output=pooled, hidden_states=out.hidden_states
+        )
+
+
+TASK_CLASSES: dict[str, type[ZooPreTrainedModel]] = {
+    "causal-lm": ZooForCausalLM,
+    "masked-lm": ZooForMaskedLM,
+    "sequence-classification": ZooForSequenceClassification,
+    "sentence-embedding": ZooForSentenceEmbedding,
+}
+
+AutoConfig.register("zoo", ZooConfig)
+AutoModel.register(ZooConfig, ZooModel)
+AutoModelForCausalLM.register(ZooConfig, ZooForCausalLM)
+AutoModelForMaskedLM.register(ZooConfig, ZooForMaskedLM)
+AutoClassifier.register(ZooConfig, ZooForSequenceClassification)
