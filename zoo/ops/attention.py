@@ -1,0 +1,172 @@
+"""Softmax attention over all keys.
+
+`y_i = sum_j softmax_j(scale * q_i . k_j) v_j` over the keys j that query i may see (Vaswani et al. 2017,
+arXiv:1706.03762), with grouped keys and values (Ainslie et al. 2023, arXiv:2305.13245).
+
+Shapes: B batch, L queries, S keys (the queries are the last L of the S positions), H query heads, G key/value
+heads (query head h reads key head h // (H // G)), K key head size, V value head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.errors import ConfigError
+from zoo.ops.backends import dispatch, register_backend
+from zoo.ops.padding import segment_runs
+
+
+def attention(
+    q_BHLK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSV: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    mask_BS: Tensor | None = None,
+    segments_BS: Tensor | None = None,
+    window: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax attention; returns y_BHLV in the dtype of `q` (that of autocast where it is on).
+
+    causal: query i sees keys up to its own position. The last query stands at the last key, also where S > L
+        (keys carried from earlier calls).
+    scale: of the scores; K ** -0.5 by default.
+    mask_BS: bool, True = real token, for all S positions. Padded keys are seen by no one, whatever they hold, and
+        padded queries return 0.
+    segments_BS: ids of all S positions; contiguous runs of one id are sequences that do not see each other.
+    window: only keys closer than `window` tokens (`0 <= i - j < window`, or `|i - j| < window` where not causal).
+        The mask is dense here; `window_attention` computes the same in blocks.
+    backend: "flash_attn" or "sdpa"; by default the first that can.
+
+    Raises ConfigError where the shapes do not fit.
+    """
+    check_heads(q_BHLK, k_BGSK, v_BGSV, mask_BS=mask_BS, segments_BS=segments_BS, window=window)
+    return dispatch(
+        "attention",
+        backend,
+        q_BHLK,
+        k_BGSK,
+        v_BGSV,
+        causal=causal,
+        scale=q_BHLK.shape[-1] ** -0.5 if scale is None else scale,
+        mask_BS=mask_BS,
+        segments_BS=segments_BS,
+        window=window,
+    )
+
+
+def check_heads(q_BHLK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, *, window: int | None = None, **per_position) -> None:
+    """Raise ConfigError unless the shapes of queries, keys, values and per-position tensors fit together."""
+    (b, h, length, k), (bk, g, s, kk) = q_BHLK.shape, k_BGSK.shape
+    if (b, k) != (bk, kk) or v_BGSV.shape[:3] != k_BGSK.shape[:3]:
+        raise ConfigError(
+            f"q {tuple(q_BHLK.shape)}, k {tuple(k_BGSK.shape)} and v {tuple(v_BGSV.shape)} do not fit together; "
+            "they are (B, H, L, K), (B, G, S, K) and (B, G, S, V)"
+        )
+    if h % g:
+        raise ConfigError(f"{h} query heads cannot share {g} key/value heads; they must be a multiple of them")
+    if s < length:
+        raise ConfigError(f"{length} queries but {s} keys: the queries are the last positions of the keys, so S >= L")
+    if window is not None and window < 1:
+        raise ConfigError(f"window is {window}, but must be at least 1 (the token itself)")
+    for name, tensor in per_position.items():
+        if tensor is not None and tuple(tensor.shape) != (b, s):
+            raise ConfigError(f"{name} has shape {tuple(tensor.shape)}, but there are {(b, s)} (batch, key) positions")
+
+
+def _flash_serves(q: Tensor, k: Tensor, v: Tensor, *, causal, scale, mask_BS, segments_BS, window) -> bool:
+    return (
+        q.dtype in (torch.float16, torch.bfloat16)
+        and q.dtype == k.dtype == v.dtype
+        and q.shape[-1] == v.shape[-1] <= 256
+        and mask_BS is None
+        and segments_BS is None
+    )
+
+
+@register_backend("attention", "flash_attn", package="flash_attn", needs_gpu=True, usable=_flash_serves)
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal, scale, mask_BS, segments_BS, window) -> Tensor:
+    """The kernels of the flash-attn package, which keep time before heads. No masks, no segments."""
+    from flash_attn import flash_attn_func
+
+    reach = -1 if window is None else window - 1
+    y_BLHV = flash_attn_func(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        softmax_scale=scale,
+        causal=causal,
+        window_size=(reach, 0 if causal and window is not None else reach),
+    )
+    return y_BLHV.transpose(1, 2)
+
+
+@register_backend("attention", "sdpa")
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal, scale, mask_BS, segments_BS, window) -> Tensor:
+    b, h, length, _ = q.shape
+    g, s = k.shape[1], k.shape[2]
+    if mask_BS is not None:
+        # Zeros instead of whatever padding holds: a weight of 0 does not silence a NaN.
+        pad_BS11 = ~mask_BS[:, None, :, None]
+        q = q.masked_fill(pad_BS11[:, :, s - length :], 0)
+        k, v = k.masked_fill(pad_BS11, 0), v.masked_fill(pad_BS11, 0)
+    plain_causal = causal and length == s and window is None and mask_BS is None and segments_BS is None
+    visible = None
+    if not plain_causal:
+        visible = visible_keys(length, s, q.device, causal, mask_BS, segments_BS, window)
+    if length == 1 and h != g:
+        # One token: the query heads of a group are queries of one head, and nothing is repeated.
+        mask = None if visible is None else visible[:, None]
+        y = F.scaled_dot_product_attention(q.reshape(b, g, h // g, -1), k, v, attn_mask=mask, scale=scale)
+        y = y.reshape(b, h, 1, -1)
+    else:
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if visible is None else visible[:, None],
+            is_causal=plain_causal and length > 1,
+            scale=scale,
+            enable_gqa=h != g,
+        )
+    if mask_BS is not None:
+        y = y.masked_fill(pad_BS11[:, :, s - length :], 0)
+    return y
+
+
+def visible_keys(
+    length: int,
+    s: int,
+    device: torch.device,
+    causal: bool,
+    mask_BS: Tensor | None,
+    segments_BS: Tensor | None,
+    window: int | None,
+) -> Tensor | None:
+    """Which of the S keys each of the last `length` queries may see: bool, (B or 1, L, S); None means all.
+
+    Distances are counted in real tokens. A padded query is shown everything, so that its softmax is finite.
+    """
+    visible = None
+    if mask_BS is not None:
+        visible = mask_BS[:, None, :].expand(-1, length, -1)
+    if (causal and length > 1) or window is not None:
+        rank_1S = torch.arange(s, device=device)[None] if mask_BS is None else mask_BS.cumsum(-1)
+        ahead_BLS = rank_1S[:, s - length :, None] - rank_1S[:, None, :]
+        if window is None:
+            near = ahead_BLS >= 0
+        else:
+            near = (ahead_BLS if causal else ahead_BLS.abs()) < window
+            near = near & (ahead_BLS >= 0) if causal else near
+        visible = near if visible is None else visible & near
+    if segments_BS is not None:
+        runs_BS = segment_runs(segments_BS, mask_BS)
+        same = runs_BS[:, s - length :, None] == runs_BS[:, None, :]
+        visible = same if visible is None else visible & same
+    if mask_BS is not None:
+        visible = visible | ~mask_BS[:, s - length :, None]
+    return visible
