@@ -7,8 +7,9 @@ Decays are kept as *products of factors in [0, 1]* and never as differences of c
 log a = -1e4 a float32 sum has lost the third decimal of every later step, while the product is exactly zero before
 that step and untouched after it. The products come from a binary tree: the pair (i, j) of a chunk is split at the one
 level where i lies in the upper and j in the lower half of a block, so that
-prod(a[j+1..i]) = prod(a[middle..i]) * prod(a[j+1..middle-1]), two factors that are shared by the whole block. No exponent
-is ever positive, so nothing overflows however strong the decay, and a factor of exactly 0 starts a new sequence.
+prod(a[j+1..i]) = prod(a[middle..i]) * prod(a[j+1..middle-1]), two factors that are shared by the whole block. No
+exponent is ever positive, so nothing overflows however strong the decay, and a factor of exactly 0 starts a new
+sequence.
 """
 
 from __future__ import annotations
@@ -156,3 +157,38 @@ def carry_back(grad_BGNKV: Tensor, decay: Tensor | None, last: Tensor | None) ->
     for n in range(N - 1, 0, -1):
         after[:, :, n - 1].addcmul_(decay[:, :, n], after[:, :, n])
     return after, torch.addcmul(grad_BGNKV[:, :, 0], decay[:, :, 0], after[:, :, 0])
+
+
+def rows(x_QX: Tensor, C: int) -> Tensor:
+    """(..., C*R, X) seen as (..., C, R, X)."""
+    return x_QX.unflatten(-2, (C, -1))
+
+
+def decayed(scores_QC: Tensor, pair: Tensor | None, C: int) -> Tensor:
+    """Scores times the decay between the two steps, in place; zero above the diagonal."""
+    if pair is not None:
+        rows(scores_QC, C).mul_(pair.unsqueeze(-2))
+    elif scores_QC.shape[-2] == C:
+        scores_QC.tril_()
+    else:
+        rows(scores_QC, C).mul_(torch.ones(C, C, dtype=scores_QC.dtype, device=scores_QC.device).tril_()[:, None])
+    return scores_QC
+
+
+def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x + a @ b over any number of batch dimensions, in place."""
+    x.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
+    return x
+
+
+def log_decay_grad(change, before, last, after, dlast, over) -> Tensor:
+    """d log a_t: what the steps from t to the chunk's end change (q dq - k dk), and what lies behind the chunk.
+
+    All that lies behind a chunk it sees through the state at its end, so that part is the product of this state with
+    its gradient; sums never run over more than one chunk, which keeps rounding errors small.
+    """
+    C = change.shape[3]
+    inside = torch.ones(C, C, dtype=change.dtype, device=change.device).triu_() @ change
+    ends = (before[:, :, 1:] * after[:, :, :-1]).sum(over)
+    end = torch.zeros_like(before[:, :, :1]) if dlast is None else last[:, :, None] * dlast[:, :, None]
+    return inside + torch.cat([ends, end.sum(over)], dim=2).unsqueeze(3).view(*change.shape[:3], 1, -1)

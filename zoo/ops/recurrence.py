@@ -51,8 +51,8 @@ def linear_recurrence(
 
     Args:
         q_BHLK, k_BGLK, v_BGLV: H = R*G query heads; query head h reads key/value head h // R.
-        log_decay: log a_t <= 0. None (no decay), (G,) a constant per head, (B, G, L) per step, (B, G, L, K) per channel.
-            However strong (-1e4, -inf), nothing overflows.
+        log_decay: log a_t <= 0. None (no decay), (G,) a constant per head, (B, G, L) per step, (B, G, L, K) per
+            channel. However strong (-1e4, -inf), nothing overflows.
         scale: factor of the output (without effect under `normalize`).
         normalize: divide y_t by max(q_t . z_t, eps), with z the same recurrence over k alone.
         initial: the state to start from. final: also return the state behind the last step.
@@ -98,9 +98,8 @@ def linear_recurrence(
 def _check_decay(log_decay: Tensor | None, k_BGLK: Tensor) -> None:
     B, G, L, K = k_BGLK.shape
     if log_decay is not None and tuple(log_decay.shape) not in {(G,), (B, G, L), (B, G, L, K)}:
-        raise ConfigError(
-            f"{OP}: log_decay must be None or ({G},), ({B}, {G}, {L}) or ({B}, {G}, {L}, {K}), got {tuple(log_decay.shape)}"
-        )
+        wanted = f"({G},), ({B}, {G}, {L}) or ({B}, {G}, {L}, {K})"
+        raise ConfigError(f"{OP}: log_decay must be None, {wanted}; got {tuple(log_decay.shape)}")
 
 
 def _mask_and_cut(q, k, v, log_decay, mask_BL, segments_BL):
@@ -159,13 +158,13 @@ class MapDecay(torch.autograd.Function):
     def forward(ctx, q, k, v, log_decay, initial, L):
         C = k.shape[3]
         pair, prefix, suffix, total = _map_factors(log_decay, k.shape, L)
-        scores = _decayed(q @ k.mT, pair, C)
+        scores = chunks.decayed(q @ k.mT, pair, C)
         inner = k if suffix is None else k * suffix
         before, last = chunks.carry(inner.mT @ v, total, initial)
         y = q @ before
         if prefix is not None:
-            _rows(y, C).mul_(prefix[..., None, :])
-        y = _add_product(y, scores, v)
+            chunks.rows(y, C).mul_(prefix[..., None, :])
+        y = chunks.add_product(y, scores, v)
         ctx.save_for_backward(q, k, v, log_decay, before, last)
         ctx.L, ctx.has_initial = L, initial is not None
         return y, last
@@ -176,28 +175,28 @@ class MapDecay(torch.autograd.Function):
         C = k.shape[3]
         pair, prefix, suffix, total = _map_factors(log_decay, k.shape, ctx.L)
         dy = torch.zeros_like(q[..., :1]).expand(*q.shape[:-1], v.shape[-1]) if dy is None else dy.contiguous()
-        dy_outer = dy if prefix is None else (_rows(dy, C) * prefix[..., None, :]).view_as(dy)
+        dy_outer = dy if prefix is None else (chunks.rows(dy, C) * prefix[..., None, :]).view_as(dy)
         after, dinitial = chunks.carry_back(q.mT @ dy_outer, total, dlast)
-        scores = _decayed(q @ k.mT, pair, C)
-        dscores = _decayed(dy @ v.mT, pair, C)
-        dq = _add_product(dy_outer @ before.mT, dscores, k)
+        scores = chunks.decayed(q @ k.mT, pair, C)
+        dscores = chunks.decayed(dy @ v.mT, pair, C)
+        dq = chunks.add_product(dy_outer @ before.mT, dscores, k)
         dk, dv = v @ after.mT, k @ after
         if suffix is not None:
             dk, dv = dk.mul_(suffix), dv.mul_(suffix)
-        dk = _add_product(dk, dscores.mT, q)
-        dv = _add_product(dv, scores.mT, dy)
+        dk = chunks.add_product(dk, dscores.mT, q)
+        dv = chunks.add_product(dv, scores.mT, dy)
         dlog = None
         if ctx.needs_input_grad[3]:
-            change = _rows(q * dq, C).sum((-1, -2)) - (k * dk).sum(-1)
-            dlog = _log_decay_grad(change[..., None], before, last, after, dlast, (-1, -2))
+            change = chunks.rows(q * dq, C).sum((-1, -2)) - (k * dk).sum(-1)
+            dlog = chunks.log_decay_grad(change[..., None], before, last, after, dlast, (-1, -2))
             if log_decay.ndim == 1:  # the filling behind step L does not decay
                 dlog = dlog.flatten(2, 4)[:, :, : ctx.L].sum((0, 2))
         return dq, dk, dv, dlog, dinitial if ctx.has_initial else None, None
 
 
 def _map_factors(log_decay, shape, L: int):
-    """The decays of a chunk: between pairs (C, 1, C) broadcastable, from its start, to its end, and over all of it."""
-    _, G, N, C, _ = shape
+    """The decays of a chunk: between pairs (C, C), from its start, to its end, and over all of it."""
+    N, C = shape[2:4]
     if log_decay is None:
         return None, None, None, None
     if log_decay.ndim == 1:
@@ -214,48 +213,13 @@ def _map_factors(log_decay, shape, L: int):
         prefix_GC = (log_decay[:, None] * (steps_C + 1)).exp()
         total_GN = (log_decay[:, None] * lengths_N1[:, 0]).exp()
         return (
-            pair_GCC[:, None, :, None],
+            pair_GCC[:, None],
             prefix_GC[None, :, None, :, None],
             suffix_GNC[None, ..., None],
             total_GN[None, ..., None, None],
         )
     pair, prefix, suffix = chunks.scalar_decays(log_decay[..., 0].exp())
-    return pair[..., :, None, :], prefix[..., None], suffix[..., None], prefix[..., -1, None, None]
-
-
-def _rows(x_QX: Tensor, C: int) -> Tensor:
-    """(..., C*R, X) seen as (..., C, R, X)."""
-    return x_QX.unflatten(-2, (C, -1))
-
-
-def _decayed(scores_QC: Tensor, pair: Tensor | None, C: int) -> Tensor:
-    """Scores times the decay between the two steps, in place; zero above the diagonal."""
-    if pair is not None:
-        _rows(scores_QC, C).mul_(pair)
-    elif scores_QC.shape[-2] == C:
-        scores_QC.tril_()
-    else:
-        _rows(scores_QC, C).mul_(torch.ones(C, C, dtype=scores_QC.dtype, device=scores_QC.device).tril_()[:, None])
-    return scores_QC
-
-
-def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x + a @ b over any number of batch dimensions, in place."""
-    x.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
-    return x
-
-
-def _log_decay_grad(change, before, last, after, dlast, over) -> Tensor:
-    """d log a_t: what the steps from t to the chunk's end change (q dq - k dk), and what lies behind the chunk.
-
-    All that lies behind a chunk it sees through the state at its end, so that part is the product of this state with
-    its gradient; sums never run over more than one chunk, which keeps rounding errors small.
-    """
-    C = change.shape[3]
-    inside = torch.ones(C, C, dtype=change.dtype, device=change.device).triu_() @ change
-    ends = (before[:, :, 1:] * after[:, :, :-1]).sum(over)
-    end = torch.zeros_like(before[:, :, :1]) if dlast is None else last[:, :, None] * dlast[:, :, None]
-    return inside + torch.cat([ends, end.sum(over)], dim=2).unsqueeze(3).view(*change.shape[:3], 1, -1)
+    return pair, prefix[..., None], suffix[..., None], prefix[..., -1, None, None]
 
 
 class VectorDecay(torch.autograd.Function):
@@ -266,8 +230,8 @@ class VectorDecay(torch.autograd.Function):
         scores, prefix, suffix = _vector_scores(q, k, log_decay.exp())
         before, last = chunks.carry((k * suffix).mT @ v, prefix[..., -1, :, None], initial)
         C = k.shape[3]
-        y = (_rows(q, C) * prefix[..., None, :]).view_as(q) @ before
-        y = _add_product(y, scores, v)
+        y = (chunks.rows(q, C) * prefix[..., None, :]).view_as(q) @ before
+        y = chunks.add_product(y, scores, v)
         ctx.save_for_backward(q, k, v, log_decay, before, last, scores)
         ctx.has_initial = initial is not None
         return y, last
@@ -278,15 +242,15 @@ class VectorDecay(torch.autograd.Function):
         C = k.shape[3]
         dy = torch.zeros_like(q[..., :1]).expand(*q.shape[:-1], v.shape[-1]) if dy is None else dy.contiguous()
         dq, dk, prefix, suffix = _vector_scores_grad(q, k, log_decay.exp(), dy @ v.mT)
-        q_outer = (_rows(q, C) * prefix[..., None, :]).view_as(q)
+        q_outer = (chunks.rows(q, C) * prefix[..., None, :]).view_as(q)
         after, dinitial = chunks.carry_back(q_outer.mT @ dy, prefix[..., -1, :, None], dlast)
-        _rows(dq, C).addcmul_(_rows(dy @ before.mT, C), prefix[..., None, :])
+        chunks.rows(dq, C).addcmul_(chunks.rows(dy @ before.mT, C), prefix[..., None, :])
         dk.addcmul_(v @ after.mT, suffix)
-        dv = _add_product((k * suffix) @ after, scores.mT, dy)
+        dv = chunks.add_product((k * suffix) @ after, scores.mT, dy)
         dlog = None
         if ctx.needs_input_grad[3]:
-            change = _rows(q * dq, C).sum(-2) - k * dk
-            dlog = _log_decay_grad(change, before, last, after, dlast, -1)
+            change = chunks.rows(q * dq, C).sum(-2) - k * dk
+            dlog = chunks.log_decay_grad(change, before, last, after, dlast, -1)
         return dq, dk, dv, dlog, dinitial if ctx.has_initial else None, None
 
 
@@ -307,17 +271,17 @@ def _vector_scores(q, k, a):
 def _vector_scores_grad(q, k, a, dscores):
     """The gradients of `_vector_scores` for q and k (not yet those through the states), and the outer factors."""
     C = k.shape[3]
-    diagonal = _rows(dscores, C).diagonal(dim1=-3, dim2=-1).mT[..., None]  # (..., C, R, 1)
+    diagonal = chunks.rows(dscores, C).diagonal(dim1=-3, dim2=-1).mT[..., None]  # (..., C, R, 1)
     dq = (diagonal * k[..., None, :]).flatten(-3, -2)
-    dk = (diagonal * _rows(q, C)).sum(-2)
+    dk = (diagonal * chunks.rows(q, C)).sum(-2)
     prefix, suffix = a.clone(), torch.ones_like(a)
     m = 1
     while m < C:
         q_upper, k_lower = _split(q, k, prefix, suffix, m)
         block = chunks.lower_left(dscores, m)
         decay = chunks.upper_half(prefix, m)[..., None, :]
-        upper = _rows(dq, C).unflatten(-3, (-1, 2, m))[..., 1, :, :, :]
-        upper.addcmul_(_rows(block @ k_lower, m), decay)
+        upper = chunks.rows(dq, C).unflatten(-3, (-1, 2, m))[..., 1, :, :, :]
+        upper.addcmul_(chunks.rows(block @ k_lower, m), decay)
         chunks.lower_half(dk, m).addcmul_(block.mT @ q_upper, chunks.lower_half(suffix, m))
         chunks.double(prefix, suffix, m)
         m *= 2
@@ -326,7 +290,7 @@ def _vector_scores_grad(q, k, a, dscores):
 
 def _split(q, k, prefix, suffix, m: int):
     """The queries of all upper and the keys of all lower halves of blocks of 2m steps, decayed to the middle."""
-    rows = _rows(q, k.shape[3]).unflatten(-3, (-1, 2, m))[..., 1, :, :, :]
+    rows = chunks.rows(q, k.shape[3]).unflatten(-3, (-1, 2, m))[..., 1, :, :, :]
     q_upper = (rows * chunks.upper_half(prefix, m)[..., None, :]).flatten(-3, -2)
     return q_upper, chunks.lower_half(k, m) * chunks.lower_half(suffix, m)
 
@@ -334,7 +298,7 @@ def _split(q, k, prefix, suffix, m: int):
 def _diagonal(q, k):
     """The scores (..., C*R, C) of every step with itself, zero elsewhere."""
     C = k.shape[3]
-    own = (_rows(q, C) * k[..., None, :]).sum(-1)  # (..., C, R)
+    own = (chunks.rows(q, C) * k[..., None, :]).sum(-1)  # (..., C, R)
     scores = q.new_zeros(*q.shape[:-1], C)
-    _rows(scores, C).diagonal(dim1=-3, dim2=-1).copy_(own.mT)
+    chunks.rows(scores, C).diagonal(dim1=-3, dim2=-1).copy_(own.mT)
     return scores

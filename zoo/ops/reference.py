@@ -124,3 +124,119 @@ def delta_rule_reference(
         steps.append(torch.where(real, y_BGRV, 0.0))
     y_BHLV = torch.stack(steps, dim=3).flatten(1, 2).to(v_BGLV.dtype)
     return y_BHLV, S_BGKV if final else None
+
+
+def _sequences(b: int, size: int, mask_BS: Tensor | None, segments_BS: Tensor | None) -> list[list[int]]:
+    """The packed sequences of row b, each the list of the places of its real tokens."""
+    sequences: list[list[int]] = []
+    previous = None
+    for place in range(size):
+        if mask_BS is not None and not mask_BS[b, place]:
+            continue
+        segment = 0 if segments_BS is None else int(segments_BS[b, place])
+        if previous is None or segment != previous:
+            sequences.append([])
+        sequences[-1].append(place)
+        previous = segment
+    return sequences
+
+
+def attention_reference(
+    q_BHLK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSV: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    mask_BS: Tensor | None = None,
+    segments_BS: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Softmax attention one query at a time; see `zoo.ops.attention`."""
+    return window_attention_reference(
+        q_BHLK,
+        k_BGSK,
+        v_BGSV,
+        window=k_BGSK.shape[2] if window is None else window,
+        causal=causal,
+        scale=scale,
+        mask_BS=mask_BS,
+        segments_BS=segments_BS,
+    )
+
+
+def window_attention_reference(
+    q_BHLK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSV: Tensor,
+    *,
+    window: int,
+    sinks: int = 0,
+    sink_kv: tuple[Tensor, Tensor] | None = None,
+    positions_BL: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    mask_BS: Tensor | None = None,
+    segments_BS: Tensor | None = None,
+    globals_BS: Tensor | None = None,
+) -> Tensor:
+    """Window attention one query at a time, each with the list of keys it sees; see `zoo.ops.window_attention`."""
+    B, H, L, K = q_BHLK.shape
+    S, R = k_BGSK.shape[2], H // k_BGSK.shape[1]
+    scale = K**-0.5 if scale is None else scale
+    y_BHLV = q_BHLK.new_zeros(B, H, L, v_BGSV.shape[-1])
+    for b in range(B):
+        for number, sequence in enumerate(_sequences(b, S, mask_BS, segments_BS)):
+            given = sink_kv is not None and number == 0
+            for i, place in enumerate(sequence):
+                t = place - (S - L)
+                if t < 0:
+                    continue
+                seen = []
+                for j, other in enumerate(sequence):
+                    near = abs(i - j) < window
+                    sink = j < sinks and not given
+                    everywhere = globals_BS is not None and bool(globals_BS[b, other] | globals_BS[b, place])
+                    if (near or sink or everywhere) and (j <= i or not causal):
+                        seen.append(other)
+                keys_GNK, values_GNV = k_BGSK[b, :, seen], v_BGSV[b, :, seen]
+                if given:
+                    p = i if positions_BL is None else int(positions_BL[b, t])
+                    far = [j for j in range(sink_kv[0].shape[2]) if (p - j if causal else abs(p - j)) >= window]
+                    keys_GNK = torch.cat([sink_kv[0][b, :, far], keys_GNK], 1)
+                    values_GNV = torch.cat([sink_kv[1][b, :, far], values_GNV], 1)
+                scores_HN = scale * torch.einsum("hk,hnk->hn", q_BHLK[b, :, t], keys_GNK.repeat_interleave(R, 0))
+                weights_HN = scores_HN.softmax(-1)
+                y_BHLV[b, :, t] = torch.einsum("hn,hnv->hv", weights_HN, values_GNV.repeat_interleave(R, 0))
+    return y_BHLV
+
+
+def short_conv_reference(
+    x_BLD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None = None,
+    *,
+    initial: Tensor | None = None,
+    final: bool = False,
+    mask_BL: Tensor | None = None,
+    segments_BL: Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution one token at a time, with the list of the last K - 1 inputs; see `zoo.ops.short_conv`."""
+    B, L, D = x_BLD.shape
+    T = weight_DK.shape[1] - 1
+    y_BLD = torch.zeros_like(x_BLD)
+    tails = []
+    for b in range(B):
+        fresh = [x_BLD.new_zeros(D)] * T
+        past = fresh if initial is None else list(initial[b])
+        for number, sequence in enumerate(_sequences(b, L, mask_BL, segments_BL)):
+            past = past if number == 0 else fresh
+            for t in sequence:
+                taps_KD = torch.stack([*past, x_BLD[b, t]])
+                y_D = (taps_KD * weight_DK.T).sum(0)
+                y_D = y_D if bias_D is None else y_D + bias_D
+                y_BLD[b, t] = torch.nn.functional.silu(y_D) if activation == "silu" else y_D
+                past = [*past, x_BLD[b, t]][1:]
+        tails.append(torch.stack(past) if T else x_BLD.new_zeros(0, D))
+    return y_BLD, torch.stack(tails) if final else None
