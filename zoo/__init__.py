@@ -10,6 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "ZooConfig",
+    "ZooError",
+    "__version__",
+    "backends",
+    "convert",
+    "create_model",
+    "distill",
+    "list_ffns",
+    "list_mixers",
+    "list_models",
+    "register_ffn",
+    "register_mixer",
+    "register_model",
+    "score",
+]
+
 _HOME = {
     "ZooConfig": "zoo.config",
     "ZooError": "zoo.errors",
@@ -25,8 +42,6 @@ _HOME = {
     "register_model": "zoo.registry",
     "score": "zoo.train.score",
 }
-
-__all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from zoo.config import ZooConfig
