@@ -70,6 +70,8 @@ def window_attention(
         raise ConfigError(f"sinks is {sinks}, but must be at least 0")
     if sink_kv is not None and globals_BS is not None:
         raise ConfigError("sink_kv and globals_BS exclude each other: global tokens need all keys, so sinks are there")
+    if sink_kv is not None:
+        _check_sinks(q_BHLK, k_BGSK, v_BGSV, sink_kv, positions_BL)
     return dispatch(
         "window_attention",
         backend,
@@ -87,6 +89,19 @@ def window_attention(
         globals_BS=globals_BS,
         max_globals=max_globals,
     )
+
+
+def _check_sinks(q, k, v, sink_kv: tuple[Tensor, Tensor], positions_BL: Tensor | None) -> None:
+    for given, whole, letter in zip(sink_kv, (k, v), "kv", strict=True):
+        if given.dim() != 4 or (*given.shape[:2], given.shape[3]) != (*whole.shape[:2], whole.shape[3]):
+            raise ConfigError(
+                f"sink_kv: {letter} has shape {tuple(given.shape)}, but must be that of {letter}, "
+                f"{tuple(whole.shape)}, except for the number of tokens"
+            )
+    if positions_BL is not None and (positions_BL.dim() != 2 or positions_BL.shape[1] != q.shape[2]):
+        raise ConfigError(
+            f"positions_BL has shape {tuple(positions_BL.shape)}, but there are {(q.shape[0], q.shape[2])} queries"
+        )
 
 
 def _flash_serves(q: Tensor, k: Tensor, v: Tensor, *, sinks, sink_kv, mask_BS, segments_BS, globals_BS, **_) -> bool:
