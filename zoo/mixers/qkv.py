@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import MixerOptions
-from zoo.errors import ConversionError
+from zoo.errors import ConversionError, TraitError
 from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, refuse_segments_with_state
 from zoo.ops.positions import token_positions
 from zoo.ops.rotary import RotaryConfig, apply_rotary, rotary_tables
@@ -43,7 +43,9 @@ class QKVOptions(MixerOptions):
     scale: float | None = Field(None, gt=0, le=1e4)  # None: head_dim ** -0.5
     causal: bool = True
     conv: int | None = Field(None, ge=2, le=64)
+    conv_bias: bool = False
     head_norm: bool = False
+    head_norm_affine: bool = True
     head_norm_eps: float = Field(1e-5, gt=0, le=1)
     gate: bool = False
     gate_bias: bool = False
@@ -90,6 +92,7 @@ class QKVMixer(SequenceMixer):
 
     config: QKVOptions
     needs_positions = False  # beyond rotary
+    averages_values: ClassVar[bool] = True  # outputs are weighted means of values, so of their scale
 
     def __init__(self, config: QKVOptions, width: int, own_projections: bool = True) -> None:
         super().__init__(config, width)
@@ -101,14 +104,14 @@ class QKVMixer(SequenceMixer):
         for name, size in sizes.items():
             setattr(self, f"{name}_proj", nn.Linear(width, size, bias=c.qkv_bias))
             if c.conv:
-                setattr(self, f"{name}_conv", ShortConv(size, c.conv))
+                setattr(self, f"{name}_conv", ShortConv(size, c.conv, c.conv_bias))
         if c.qk_norm:
             self.q_norm = nn.RMSNorm(c.head_dim, eps=c.qk_norm_eps)
             self.k_norm = nn.RMSNorm(c.head_dim, eps=c.qk_norm_eps)
         if c.gate:
             self.g_proj = nn.Linear(width, c.num_heads * c.value_dim, bias=c.gate_bias)
         if c.head_norm:
-            self.head_norm = nn.RMSNorm(c.value_dim, eps=c.head_norm_eps)
+            self.head_norm = nn.RMSNorm(c.value_dim, eps=c.head_norm_eps, elementwise_affine=c.head_norm_affine)
         self.o_proj = nn.Linear(c.num_heads * c.value_dim, width, bias=c.out_bias)
 
     @staticmethod
@@ -133,6 +136,10 @@ class QKVMixer(SequenceMixer):
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
         refuse_segments_with_state(segments_BL, state)
+        if state is not None and not self.config.causal:
+            raise TraitError(f"mixer {self.name!r} is two-sided here (causal: false), so there is no state to carry")
+        if mask_BL is not None:  # whatever stands in the padding, nothing of it gets any further
+            x_BLD = x_BLD.masked_fill(~mask_BL[..., None], 0)
         positions_BL = None
         if self.config.rotary is not None or self.needs_positions:
             seen_B = None if state is None else state["seen"]
@@ -231,7 +238,20 @@ class QKVMixer(SequenceMixer):
         mixer.reset_parameters(0.02)
         mixer.copy_projections(attention)
         mixer.start_from(attention, stats)
+        if mixer.normalizes_output:
+            mixer.scale_heads(output_rms(attention, stats))
         return mixer
+
+    @property
+    def normalizes_output(self) -> bool:
+        """Whether each head's output is normalised, so that its scale has to come from the output projection."""
+        return self.config.head_norm
+
+    @torch.no_grad()
+    def scale_heads(self, gain_H: Tensor) -> None:
+        """Multiply what each head adds to the output by a gain, in the columns of W_o."""
+        columns = gain_H.to(self.o_proj.weight).repeat_interleave(self.config.value_dim)
+        self.o_proj.weight.mul_(columns)
 
     @torch.no_grad()
     def copy_projections(self, attention: AttentionWeights) -> None:
@@ -265,12 +285,24 @@ class QKVMixer(SequenceMixer):
         """Set what attention does not have (decays, gates, feature maps) to where it disturbs least."""
 
 
+def output_rms(attention: AttentionWeights, stats: AttentionStats | None) -> Tensor:
+    """Root mean square of each head's output: measured, or that of a value whose input has unit variance, halved.
+
+    (Averages over a few values are smaller than the values; a half is the order of magnitude, calibration the rest.)
+    """
+    if stats is not None:
+        return stats.out_rms_H
+    rows_GV = attention.v_GVD.float().square().sum(-1).view(attention.num_kv_heads, -1)
+    return 0.5 * rows_GV.mean(-1).sqrt().repeat_interleave(attention.num_heads // attention.num_kv_heads)
+
+
 class ShortConv(nn.Module):
     """Depthwise causal convolution with SiLU; `weight` (E, taps), the last tap meets the current position."""
 
-    def __init__(self, size: int, taps: int) -> None:
+    def __init__(self, size: int, taps: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, taps))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
         self.activation: str | None = "silu"
         bound = taps**-0.5
         nn.init.uniform_(self.weight, -bound, bound)
@@ -280,6 +312,7 @@ class ShortConv(nn.Module):
         return ops.short_conv(
             x_BLE,
             self.weight,
+            self.bias,
             initial=initial,
             final=inputs.state is not None,
             mask_BL=inputs.mask_BL,
@@ -291,9 +324,13 @@ class ShortConv(nn.Module):
         """Uniform in 1/sqrt(taps), as torch's convolutions."""
         bound = self.weight.shape[1] ** -0.5
         init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
     @torch.no_grad()
     def set_identity(self) -> None:
         """Only the current tap, weight one (the SiLU remains)."""
         self.weight.zero_()
         self.weight[:, -1] = 1.0
+        if self.bias is not None:
+            self.bias.zero_()
