@@ -96,7 +96,7 @@ class SlidingWindow(QKVMixer):
         else:
             order = right_align(mask_BS)[:, first:]
             tensors = {"k": take(k_BGSK, order, 2), "v": take(v_BGSV, order, 2), "mask": mask_BS.gather(1, order)}
-        if S > 2 * self.keep + 16:  # do not hold a long prompt in memory for the sake of its end
+        if 2 * self.keep + 16 < S:  # do not hold a long prompt in memory for the sake of its end
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         if self.config.sinks:
             tensors["sink_k"] = self._sinks(state["sink_k"], k_BGLK, mask_BS, inputs)
@@ -160,5 +160,3 @@ class SlidingWindow(QKVMixer):
         return {
             name: torch.zeros(batch_size, c.kv_heads, *size, device=device, dtype=dtype) for name, size in sizes.items()
         }
-
-

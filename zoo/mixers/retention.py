@@ -1,0 +1,81 @@
+"""Retention, the mixer of RetNet (Sun et al. 2023, arXiv 2307.08621).
+
+    S_t = gamma S_{t-1} + k_t v_t^T,    y_t = S_t^T q_t / sqrt(K),    out = (norm(y) * swish(W_g x)) W_o
+
+with one constant gamma per head, 1 - 2^(-5-h) by default, rotary positions on q and k (xPos without its own decay,
+which gamma is), and a norm per head that makes every other normalisation of the paper superfluous. The state is one
+matrix (K, V) per key/value head. The two-sided form decays with the distance to either side. Conversion: gamma with
+the measured look-back as half-life, open gate, the scale of attention's outputs in W_o.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from zoo.mixers.base import AttentionStats, AttentionWeights, Traits
+from zoo.mixers.qkv import Inputs, QKVOptions
+from zoo.mixers.recurrent import RecurrentMixer, lookback, two_sided
+from zoo.ops.rotary import RotaryConfig
+from zoo.registry import register_mixer
+
+
+class RetentionConfig(QKVOptions):
+    """Options of `retention`; the defaults are the published block, whose value heads are twice as large.
+
+    head_norm_centered: subtract the mean, as the paper's GroupNorm; the official code and its successors do not.
+    learn_decay: gamma is trained (through its logit); otherwise it is fixed, but saved with the weights.
+    """
+
+    name: Literal["retention"] = "retention"
+    rotary: RotaryConfig | None = RotaryConfig()
+    head_norm: bool = True
+    head_norm_affine: bool = False
+    head_norm_centered: bool = False
+    gate: bool = True
+    learn_decay: bool = False
+    first_decay: float = Field(5.0, ge=0, le=64)  # gamma of head 0 is 1 - 2 ** -first_decay
+
+
+@register_mixer("retention")
+class Retention(RecurrentMixer):
+    """Retention; see the module docstring."""
+
+    Config = RetentionConfig
+    traits = Traits(causal=True, bidirectional=True, state="constant")
+    keep_float32 = ("decay_logit_G",)
+    config: RetentionConfig
+
+    def __init__(self, config: RetentionConfig, width: int, own_projections: bool = True) -> None:
+        super().__init__(config, width, own_projections)
+        if own_projections and config.head_norm and config.head_norm_centered:
+            self.head_norm = nn.LayerNorm(config.value_dim, config.head_norm_eps, config.head_norm_affine)
+        logit_G = torch.empty(config.kv_heads)
+        if config.learn_decay:
+            self.decay_logit_G = nn.Parameter(logit_G)
+        else:
+            self.register_buffer("decay_logit_G", logit_G)
+        self.reset_parameters(0.02)
+
+    def mix(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        scale, log_decay_G = self.config.softmax_scale, F.logsigmoid(self.decay_logit_G)
+        if self.config.causal:
+            return self.recur(q_BHLK, k_BGLK, v_BGLV, inputs, log_decay_G, scale)
+        return two_sided(q_BHLK * scale, k_BGLK, v_BGLV, inputs, log_decay_G), {}
+
+    def reset_parameters(self, std: float) -> None:
+        """gamma_h = 1 - 2^(-5-h), that is logit(gamma_h) = log(2^(5+h) - 1)."""
+        exponents_G = self.config.first_decay + torch.arange(self.config.kv_heads, dtype=torch.float64)
+        init.copy_(self.decay_logit_G, torch.log(torch.exp2(exponents_G) - 1).float())
+
+    @classmethod
+    def conversion_defaults(cls, attention: AttentionWeights) -> dict[str, Any]:
+        return {"gate_bias": True, "learn_decay": True}
+
+    def start_from(self, attention: AttentionWeights, stats: AttentionStats | None) -> None:
+        self.decay_logit_G.copy_(torch.logit(2 ** (-1 / lookback(attention, stats, self.config.kv_heads))))
