@@ -1,0 +1,237 @@
+"""What a family of Transformers must say so that its models can be imported exactly and written back.
+
+An adapter is four lookups, and nothing in it runs a model:
+
+    architectures    original class -> task
+    only             option -> the values that can be expressed; any other value is refused by name
+    spec             original config -> fields of `ZooConfig`
+    modules          original module names -> ours, "{i}" standing for the layer
+
+`register_teacher` makes it known, also from outside the package.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import transformers
+from pydantic import ValidationError
+from torch import Tensor
+
+from zoo.errors import ConfigError, ConversionError, did_you_mean
+from zoo.ops.rotary import RotaryConfig
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One original module that holds several of ours, or holds one in another order.
+
+    parts: our modules, in order. transposed: its weight is (in, out), as in GPT-2's Conv1D. by_head: its rows are
+    grouped by so many heads, and by part within a head, as in GPT-NeoX; 0: by part.
+    """
+
+    parts: tuple[str, ...]
+    transposed: bool = False
+    by_head: int = 0
+
+    def unpack(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of our modules (weights as (out, in)) from a weight or bias of the original."""
+        rows = tensor.T if self.transposed and tensor.dim() == 2 else tensor
+        if self.by_head:
+            grouped = rows.unflatten(0, (self.by_head, len(self.parts), -1))
+            return [part.flatten(0, 1).contiguous() for part in grouped.unbind(1)]
+        return [part.contiguous() for part in rows.chunk(len(self.parts))]
+
+    def pack(self, tensors: list[Tensor]) -> Tensor:
+        """The inverse of `unpack`."""
+        if self.by_head:
+            rows = torch.stack([t.unflatten(0, (self.by_head, -1)) for t in tensors], 1).flatten(0, 2)
+        else:
+            rows = torch.cat(tensors)
+        return (rows.T if self.transposed and rows.dim() == 2 else rows).contiguous()
+
+
+class TeacherAdapter(ABC):
+    """Base of the adapters; see the module docstring.
+
+    copies: original tensor -> the original tensor that it always equals, and which alone is imported.
+    dropped: original modules without a counterpart, whose tensors are left out; `origin["dropped"]` lists them.
+    padding: the side on which a row may be padded so that the original computes the same as without.
+    """
+
+    family: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+    architectures: ClassVar[dict[str, str]]
+    only: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    copies: ClassVar[dict[str, str]] = {}
+    dropped: ClassVar[tuple[str, ...]] = ()
+    padding: ClassVar[Literal["left", "right"]] = "left"
+
+    @abstractmethod
+    def spec(self, config: Any, task: str) -> dict[str, Any]:
+        """Fields of `ZooConfig` for an original config. Raises ConversionError for what cannot be expressed."""
+
+    @abstractmethod
+    def modules(self, config: Any, architecture: str) -> dict[str, str | Packed]:
+        """Original module names to ours; weights and biases follow."""
+
+    def original_class(self, architecture: str) -> type:
+        """The original class by name."""
+        return getattr(transformers, architecture)
+
+    def build(self, architecture: str, config: Any) -> Any:
+        """An original model to write into, with exactly the tensors that an import carries."""
+        return self.original_class(architecture)(config)
+
+    def inputs(self, ids_BL: Tensor, mask_BL: Tensor) -> dict[str, Tensor]:
+        """Arguments of the original's forward under which it counts positions as we do: by real tokens."""
+        return {
+            "input_ids": ids_BL,
+            "attention_mask": mask_BL,
+            "position_ids": (mask_BL.cumsum(1) - 1).clamp(min=0),
+        }
+
+    def architectures_of(self, model_type: str) -> dict[str, str]:
+        """The supported classes of one model type, with their tasks."""
+        found = {}
+        for name, task in self.architectures.items():
+            if self.original_class(name).config_class.model_type == model_type:  # type: ignore[attr-defined]
+                found[name] = task
+        return found
+
+    def check_options(self, config: Any) -> None:
+        """Raise ConversionError for the first option with a value that our models cannot express."""
+        for option, allowed in {**_ONLY, **self.only}.items():
+            value = getattr(config, option, None)
+            if value is not None and value not in allowed:
+                wanted = " or ".join(repr(v) for v in allowed) or "unset"
+                raise ConversionError(
+                    f"{config.model_type} with {option}={value!r} cannot be imported exactly; {option} must be {wanted}"
+                )
+
+    def import_tensors(self, config: Any, architecture: str, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our state dict from the original's. Raises ConversionError for a tensor that has no place here."""
+        modules, ours = self.modules(config, architecture), {}
+        for key, tensor in theirs.items():
+            if key in self.copies or self.is_dropped(key):
+                continue
+            pattern, i, parameter = split_key(key)
+            if pattern not in modules:
+                raise ConversionError(
+                    f"{architecture}: tensor {key!r} has no place in a zoo model; "
+                    "only unmodified models are imported (merge adapters such as LoRA first)"
+                )
+            target = as_packed(modules[pattern])
+            for part, piece in zip(target.parts, target.unpack(tensor), strict=True):
+                ours[f"{part.replace('{i}', i)}.{parameter}"] = piece
+        return ours
+
+    def export_tensors(self, config: Any, architecture: str, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The original's state dict from ours; the inverse of `import_tensors`."""
+        theirs: dict[str, Tensor] = {}
+        for name, target in self.modules(config, architecture).items():
+            target = as_packed(target)
+            layers = [str(i) for i in range(config.num_hidden_layers)] if "{i}" in name else [""]
+            for i in layers:
+                for parameter in ("weight", "bias"):
+                    keys = [f"{part.replace('{i}', i)}.{parameter}" for part in target.parts]
+                    if keys[0] in ours:
+                        theirs[f"{name.replace('{i}', i)}.{parameter}"] = target.pack([ours[k] for k in keys])
+        theirs.update({key: theirs[same] for key, same in self.copies.items() if same in theirs})
+        return theirs
+
+    def is_dropped(self, key: str) -> bool:
+        """Whether an original tensor belongs to a module that is not imported."""
+        return any(key.startswith(f"{name}.") for name in self.dropped)
+
+
+# Options that change what any of these models computes, and which no zoo model has.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "quantization_config": (),
+    "alibi": (False,),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "num_local_experts": (0, 1),
+    "num_experts": (0, 1),
+    "pruned_heads": ({},),
+}
+
+
+def as_packed(target: str | Packed) -> Packed:
+    """A plain name as the pack of one."""
+    return target if isinstance(target, Packed) else Packed((target,))
+
+
+def split_key(key: str) -> tuple[str, str, str]:
+    """`model.layers.3.mlp.up_proj.weight` -> (`model.layers.{i}.mlp.up_proj`, `3`, `weight`)."""
+    module, _, parameter = key.rpartition(".")
+    match = re.search(r"\.(\d+)(?=\.)", module)
+    if match is None:
+        return module, "", parameter
+    return f"{module[: match.start()]}.{{i}}{module[match.end() :]}", match[1], parameter
+
+
+def rotary_of(config: Any, head_dim: int) -> RotaryConfig:
+    """The rotary positions of an original config. Raises ConversionError for a scaling that is not known."""
+    if any(isinstance(value, dict) for value in (config.rope_parameters or {}).values()):
+        raise ConversionError(
+            f"rope_parameters={config.rope_parameters!r}: one set for each kind of layer is not known"
+        )
+    try:
+        return RotaryConfig.from_transformers(config, head_dim)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise ConversionError(f"rope_parameters.{where}: {problem['msg']}, got {problem['input']!r}") from None
+    except ConfigError as error:
+        raise ConversionError(f"rope_parameters: {error}") from None
+
+
+_ADAPTERS: dict[str, TeacherAdapter] = {}
+
+
+def register_teacher(cls: type[TeacherAdapter]) -> type[TeacherAdapter]:
+    """Class decorator: make a family known. Raises ConfigError where another one has its name or model types."""
+    for family, other in _ADAPTERS.items():
+        same_class = (type(other).__module__, type(other).__qualname__) == (cls.__module__, cls.__qualname__)
+        if not same_class and (family == cls.family or set(other.model_types) & set(cls.model_types)):
+            raise ConfigError(f"teacher family {cls.family!r} or its model types are already those of {family!r}")
+    _ADAPTERS[cls.family] = cls()
+    return cls
+
+
+def list_teachers() -> dict[str, tuple[str, ...]]:
+    """The families that can be imported, each with its model types."""
+    from zoo.registry import list_mixers
+
+    list_mixers()  # loads the plugins, which may register families
+    return {name: _ADAPTERS[name].model_types for name in sorted(_ADAPTERS)}
+
+
+def adapter_for(model_type: str | None) -> TeacherAdapter:
+    """The adapter of a model type. Raises ConversionError that lists the families and what a new one needs."""
+
+    def find() -> TeacherAdapter | None:
+        return next((a for a in _ADAPTERS.values() if model_type in a.model_types), None)
+
+    adapter = find()
+    if adapter is None:
+        families = list_teachers()
+        adapter = find()
+    if adapter is None:
+        known = ", ".join(f"{name} ({', '.join(types)})" for name, types in families.items())
+        near = did_you_mean(str(model_type), [t for types in families.values() for t in types])
+        raise ConversionError(
+            f"model type {model_type!r} is not supported{near if 'mean' in near else ''}; supported families: {known}. "
+            "A new one is a zoo.convert.teachers.TeacherAdapter with four lookups: architectures (class -> task), "
+            "only (option -> values that can be expressed), spec (config -> fields of ZooConfig), "
+            "modules (module names -> ours); make it known with register_teacher"
+        )
+    return adapter
