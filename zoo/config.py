@@ -24,7 +24,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
 
-from zoo.errors import ConfigError, ZooError, did_you_mean
+from zoo.errors import ConfigError, UnknownNameError, did_you_mean
 
 MAX_LAYERS = 1024
 Size = Field(ge=1, le=1 << 20)
@@ -65,12 +65,18 @@ class FFNOptions(Options):
 
 def explain(error: ValidationError, cls: type[BaseModel], path: str = "") -> str:
     """One line for the first problem in a pydantic error: path, value, what is expected, nearest valid key."""
-    problem = error.errors()[0]
+    problems = error.errors()
+    # A misspelt key is often also a missing one: name the key that is there.
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     where = ".".join(str(part) for part in (path, *problem["loc"]) if part != "")
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key{did_you_mean(str(problem['loc'][-1]), _keys_at(cls, problem['loc'][:-1]))}"
     if problem["type"] == "value_error":
-        return f"{where}: {problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
+        said = str(problem["ctx"]["error"])
+        if not where:
+            return said
+        goes_on = isinstance(problem["ctx"]["error"], ConfigError) and re.match(r"[a-z_][\w.]*: ", said)
+        return f"{where}{'.' if goes_on else ': '}{said}"  # an error from deeper down starts with its own path
     if problem["type"] == "missing":
         return f"{where}: this key is needed"
     return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
@@ -97,8 +103,12 @@ class LayerSpec(BaseModel):
     def _resolve(self) -> Self:
         from zoo.registry import parse_ffn, parse_mixer
 
-        object.__setattr__(self, "mixer", parse_mixer(self.mixer, "mixer"))
-        object.__setattr__(self, "ffn", None if self.ffn is None else parse_ffn(self.ffn, "ffn"))
+        for key, parse in (("mixer", parse_mixer), ("ffn", parse_ffn)):
+            value = getattr(self, key)
+            try:
+                object.__setattr__(self, key, None if key == "ffn" and value is None else parse(value, key))
+            except UnknownNameError as error:
+                raise ConfigError(f"{key}: {error}") from None
         return self
 
     def plain(self) -> dict[str, Any]:
@@ -155,8 +165,6 @@ class ModelSpec(Options):
                 layers.append(layer if isinstance(layer, LayerSpec) else LayerSpec(**layer))
             except ValidationError as error:
                 raise ValueError(explain(error, LayerSpec, f"layers.{i}")) from None
-            except ZooError as error:
-                raise ValueError(f"layers.{i}.{error}") from None
             except TypeError:
                 raise ValueError(f"layers.{i}: expected {{mixer: ..., ffn: ...}}, got {layer!r}") from None
         object.__setattr__(self, "layers", layers)

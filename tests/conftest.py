@@ -1,0 +1,22 @@
+"""What all tests share: one thread, a fixed seed, no network."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and huggingface_hub are imported: a test that needs the network is a test that fails elsewhere.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _same_every_time():
+    """Each test starts from the same seed, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
