@@ -17,6 +17,7 @@ from zoo.ops.backends import dispatch, register_backend
 from zoo.ops.padding import invert, right_align, segment_runs, take
 
 ACTIVATIONS = ("silu",)
+_ONEDNN = torch.backends.mkldnn.is_available()  # whose depthwise convolution is many times faster than torch's own
 
 
 def short_conv(
@@ -96,6 +97,8 @@ def _package(x, weight, bias, *, initial, final, mask_BL, segments_BL, activatio
 @register_backend("short_conv", "torch")
 def _torch(x, weight, bias, *, initial, final, mask_BL, segments_BL, activation) -> tuple[Tensor, Tensor | None]:
     length, carried = x.shape[1], weight.shape[1] - 1
+    if length == 1:
+        return _step(x, weight, bias, initial, final, mask_BL, activation)
     runs = None if segments_BL is None else segment_runs(segments_BL, mask_BL)
     order = None
     if mask_BL is not None:
@@ -110,7 +113,8 @@ def _torch(x, weight, bias, *, initial, final, mask_BL, segments_BL, activation)
             runs = take(torch.cat([first.expand(-1, carried), runs], 1), order, 1)
     elif runs is not None:
         runs = F.pad(runs, (carried, 0))
-    y = _shifted_sum(x, weight, bias, length, runs)
+    with torch.autocast(x.device.type, enabled=False):
+        y = _convolve(x, weight, bias, runs)
     if activation == "silu":
         y = F.silu(y)
     tail = _tail(x, carried, runs) if final else None
@@ -118,6 +122,23 @@ def _torch(x, weight, bias, *, initial, final, mask_BL, segments_BL, activation)
         # Position l stood at carried + l before the alignment; of the aligned row the last L were computed.
         back = (invert(order)[:, carried:] - carried).clamp(min=0)
         y = take(y, back, 1).masked_fill(~mask_BL[..., None], 0)
+    return y, tail
+
+
+def _step(x, weight, bias, initial, final: bool, mask_BL, activation) -> tuple[Tensor, Tensor | None]:
+    """One token. Its sequence is the carried one, so segments say nothing here."""
+    if mask_BL is not None:
+        x = x.masked_fill(~mask_BL[..., None], 0)
+    taps_BKD = _prepend(x, initial, weight.shape[1] - 1)
+    y = (taps_BKD * weight.t().to(x.dtype)).sum(1, keepdim=True)
+    if bias is not None:
+        y = y + bias.to(x.dtype)
+    if activation == "silu":
+        y = F.silu(y)
+    tail = taps_BKD[:, 1:] if final else None
+    if mask_BL is not None:
+        y = y.masked_fill(~mask_BL[..., None], 0)
+        tail = tail if tail is None else torch.where(mask_BL[..., None], tail, taps_BKD[:, :-1])
     return y, tail
 
 
@@ -135,15 +156,94 @@ def _tail(x: Tensor, carried: int, runs: Tensor | None) -> Tensor:
     return tail
 
 
-def _shifted_sum(x: Tensor, weight: Tensor, bias: Tensor | None, length: int, runs: Tensor | None) -> Tensor:
-    """The convolution as a sum of K shifted products; x has the K - 1 earlier inputs in front."""
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, runs: Tensor | None) -> Tensor:
+    """x has the K - 1 earlier inputs in front; taps reach no other sequence than that of `runs`. Not under autocast."""
+    if runs is None:
+        return _Convolution.apply(x, weight, bias)
+    carried = weight.shape[1] - 1
+    length = x.shape[1] - carried
+    same = torch.stack([runs[:, i : i + length] == runs[:, carried:] for i in range(carried)], 0) if carried else None
+    return _PackedConvolution.apply(x, weight, bias, same)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution of x (B, K - 1 + L, D), all in the dtype of x."""
     taps = weight.shape[1]
-    total = None
-    for i in range(taps):
-        term = x[:, i : i + length] * weight[:, i]
-        if runs is not None and i < taps - 1:
-            term = term.masked_fill((runs[:, i : i + length] != runs[:, taps - 1 :])[..., None], 0)
-        total = term if total is None else total + term
-    if bias is not None:
-        total = total + bias
-    return total.to(x.dtype)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if x.is_cuda or (x.dtype in (torch.float32, torch.bfloat16) and _ONEDNN):
+        # As an image of one line whose channels lie innermost, which is how x lies in memory.
+        image_BD1L = x.transpose(1, 2).unsqueeze(2)
+        return F.conv2d(image_BD1L, weight[:, None, None], bias, groups=x.shape[2]).squeeze(2).transpose(1, 2)
+    length = x.shape[1] - taps + 1
+    y = x[:, :length] * weight[:, 0]
+    for i in range(1, taps):
+        y = torch.addcmul(y, x[:, i : i + length], weight[:, i])
+    return y if bias is None else y + bias
+
+
+class _Convolution(torch.autograd.Function):
+    """`_plain` with a backward that is the same convolution of the gradient, and K sums for the weight.
+
+    That of the library costs a multiple, for it moves the channels outward and back.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _plain(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx, g_BLD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        taps, length = weight.shape[1], g_BLD.shape[1]
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = _plain(F.pad(g_BLD, (0, 0, taps - 1, taps - 1)), weight.flip(1), None)
+        if ctx.needs_input_grad[1]:
+            sums = [(x[:, i : i + length] * g_BLD).sum((0, 1), dtype=weight.dtype) for i in range(taps)]
+            dw = torch.stack(sums, 1)
+        if ctx.needs_input_grad[2]:
+            db = g_BLD.sum((0, 1), dtype=ctx.bias_dtype)
+        return dx, dw, db
+
+
+class _PackedConvolution(torch.autograd.Function):
+    """The convolution of packed sequences: tap i counts where `same[i]` (K - 1, B, L) says that it stays in its own."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, same: Tensor | None) -> Tensor:
+        taps, length = weight.shape[1], x.shape[1] - weight.shape[1] + 1
+        # Sums of a few terms in bfloat16 would round each of them.
+        weight = weight.to(torch.promote_types(x.dtype, torch.float32))
+        y = x[:, taps - 1 :] * weight[:, -1]
+        if bias is not None:
+            y += bias
+        for i in range(taps - 1):
+            y.addcmul_(x[:, i : i + length] * same[i, :, :, None].to(x.dtype), weight[:, i])
+        return y.to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, bias, same = inputs
+        ctx.save_for_backward(x, weight, same)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx, g_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, weight, same = ctx.saved_tensors
+        taps, length = weight.shape[1], g_BLD.shape[1]
+        wide = weight.to(torch.promote_types(x.dtype, torch.float32))
+        dx = F.pad(g_BLD * wide[:, -1], (0, 0, taps - 1, 0))
+        sums = []
+        for i in range(taps - 1):
+            kept_BLD = g_BLD * same[i, :, :, None].to(g_BLD.dtype)
+            dx[:, i : i + length].addcmul_(kept_BLD, wide[:, i])
+            sums.append((x[:, i : i + length] * kept_BLD).sum((0, 1), dtype=weight.dtype))
+        sums.append((x[:, taps - 1 :] * g_BLD).sum((0, 1), dtype=weight.dtype))
+        db = g_BLD.sum((0, 1), dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return dx.to(x.dtype), torch.stack(sums, 1), db, None

@@ -9,6 +9,8 @@ Shapes: B batch, S positions. A mask is bool, True = real token.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,11 +33,15 @@ def invert(index_BS: Tensor) -> Tensor:
 def take(x: Tensor, index_BS: Tensor, dim: int) -> Tensor:
     """`x[b, ..., index[b, s], ...]` along `dim`, where x has the batch first. The index may repeat or drop places."""
     dim = dim % x.dim()
-    shape = [1] * x.dim()
-    shape[0], shape[dim] = index_BS.shape
-    wide = list(x.shape)
-    wide[dim] = index_BS.shape[1]
-    return x.gather(dim, index_BS.view(shape).expand(wide))
+    b, s, rest = x.shape[0], x.shape[dim], x.shape[dim + 1 :]
+    copies = math.prod(x.shape[1:dim])
+    if not rest:
+        return x.gather(dim, index_BS.view(b, *[1] * (dim - 1), -1).expand(*x.shape[:dim], -1))
+    # Whole rows, in one flat list: several times as fast as a gather of single numbers, and so is its backward.
+    first = s * torch.arange(b * copies, device=x.device).view(b, copies, 1)
+    rows = (index_BS[:, None] + first).flatten()
+    taken = x.reshape(b * copies * s, math.prod(rest)).index_select(0, rows)
+    return taken.view(*x.shape[:dim], index_BS.shape[1], *rest)
 
 
 def segment_runs(segments_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
