@@ -1,7 +1,10 @@
 """What the chunked recurrences share: cutting a sequence into chunks, decays inside a chunk, the carry between chunks.
 
 A sequence of L steps is cut into N chunks of C steps (C a power of two; the last one is filled with zeros). Inside a
-chunk everything is a matrix product; between chunks a state (K, V) is carried by a loop of N cheap steps.
+chunk everything is a matrix product; between chunks a state (K, V) is carried by a loop of N cheap steps. An op is a
+`Rule`: what one span of chunks makes of the state before it, and the same for gradients. `ChunkedScan` does the rest:
+cutting, dtypes, scale and normaliser, saving, and walking over the spans. On a CPU a span is a few chunks, so that its
+temporaries stay in the cache (twice as fast as the whole length at once); elsewhere it is the whole length.
 
 Decays are kept as *products of factors in [0, 1]* and never as differences of cumulated logarithms: after one step of
 log a = -1e4 a float32 sum has lost the third decimal of every later step, while the product is exactly zero before
@@ -13,6 +16,8 @@ sequence.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +40,11 @@ def check_heads(op: str, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor) -> int:
     return q[1] // k[1]
 
 
-def chunk_length(op: str, L: int, chunk: int | None, default: int) -> int:
+def chunk_length(op: str, k_BGLK: Tensor, chunk: int | None) -> int:
     """The chunk to use: what the caller asks for, or the default, and no longer than the sequence needs."""
-    C = default if chunk is None else chunk
+    L = k_BGLK.shape[2]
+    # Short chunks waste less on the masked half of the scores; low-precision units want larger products.
+    C = chunk if chunk is not None else 32 if k_BGLK.device.type == "cpu" and k_BGLK.dtype.itemsize > 2 else 64
     if C < 1 or C & (C - 1):
         raise ConfigError(f"{op}: chunk must be a power of two, got {chunk}")
     while C >= 2 * L:
@@ -57,27 +64,29 @@ def run_starts(segments_BL: Tensor, mask_BL: Tensor | None) -> Tensor:
     return mask_BL & (before_BL >= 0) & (segments_BL != segment_before_BL)
 
 
-def to_chunks(x_BGLX: Tensor, C: int) -> Tensor:
-    """(B, G, L, X) -> (B, G, N, C, X), contiguous, filled with zeros at the end."""
-    L = x_BGLX.shape[2]
-    if L % C:
-        x_BGLX = F.pad(x_BGLX, (0, 0, 0, -L % C))
+def to_chunks(x_BGLX: Tensor, C: int, dtype: torch.dtype) -> Tensor:
+    """(B, G, L, ...) -> (B, G, n, C, ...), contiguous, filled with zeros at the end."""
+    x_BGLX = x_BGLX.to(dtype)
+    fill = -x_BGLX.shape[2] % C
+    if fill:
+        x_BGLX = F.pad(x_BGLX, (0, fill) if x_BGLX.ndim == 3 else (0, 0, 0, fill))
     return x_BGLX.unflatten(2, (-1, C)).contiguous()
 
 
-def queries_to_chunks(q_BHLX: Tensor, G: int, C: int) -> Tensor:
-    """(B, H, L, X) -> (B, G, N, C*R, X): the R query heads of one key head become further rows of its products."""
-    L, R = q_BHLX.shape[2], q_BHLX.shape[1] // G
+def queries_to_chunks(q_BHLX: Tensor, R: int, C: int, dtype: torch.dtype) -> Tensor:
+    """(B, H, L, X) -> (B, G, n, C*R, X): the R query heads of one key head become further rows of its products."""
     if R == 1:
-        return to_chunks(q_BHLX, C)
-    if L % C:
-        q_BHLX = F.pad(q_BHLX, (0, 0, 0, -L % C))
-    return q_BHLX.unflatten(1, (G, R)).transpose(2, 3).unflatten(2, (-1, C)).flatten(3, 4).contiguous()
+        return to_chunks(q_BHLX, C, dtype)
+    fill = -q_BHLX.shape[2] % C
+    if fill:
+        q_BHLX = F.pad(q_BHLX, (0, 0, 0, fill))
+    q_BGLRX = q_BHLX.to(dtype).unflatten(1, (-1, R)).transpose(2, 3)
+    return q_BGLRX.unflatten(2, (-1, C)).flatten(3, 4).contiguous()
 
 
-def queries_from_chunks(y_BGNQX: Tensor, R: int, L: int) -> Tensor:
-    """The inverse of `queries_to_chunks`: (B, G, N, C*R, X) -> (B, H, L, X)."""
-    y_BGLRX = y_BGNQX.unflatten(3, (-1, R)).flatten(2, 3)[:, :, :L]
+def queries_from_chunks(y_BGnQX: Tensor, R: int, L: int) -> Tensor:
+    """The inverse of `queries_to_chunks`: (B, G, n, C*R, X) -> (B, H, L, X)."""
+    y_BGLRX = y_BGnQX.unflatten(3, (-1, R)).flatten(2, 3)[:, :, :L]
     return y_BGLRX.squeeze(3) if R == 1 else y_BGLRX.transpose(2, 3).flatten(1, 2)
 
 
@@ -109,6 +118,14 @@ def scalar_decays(a_BGNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return pair, prefix[..., 0], suffix[..., 0]
 
 
+def scalar_factors(log_decay_BGnC: Tensor | None = None):
+    """Decays between pairs of steps (C, C), from the chunk's start, to its end (both (C, 1)), over all of it (1, 1)."""
+    if log_decay_BGnC is None:
+        return None, None, None, None
+    pair, prefix, suffix = scalar_decays(log_decay_BGnC.exp())
+    return pair, prefix[..., None], suffix[..., None], prefix[..., -1, None, None]
+
+
 def lower_left(map_QC: Tensor, m: int) -> Tensor:
     """A view of the lower left quarters of the diagonal blocks of 2m steps: (..., C*R, C) -> (..., C/2m, m*R, m)."""
     rows, C = map_QC.shape[-2:]
@@ -127,36 +144,34 @@ def upper_half(x_CX: Tensor, m: int) -> Tensor:
     return x_CX.unflatten(-2, (-1, 2, m))[..., 1, :, :]
 
 
-def carry(update_BGNKV: Tensor, decay: Tensor | None, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+def carry(update_BGnKV: Tensor, decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """S_n = decay_n * S_{n-1} + update_n over the chunks: the states *before* each chunk, and the last one.
 
-    `decay` broadcasts against the updates with its chunk dimension at 2 (size N); None is no decay.
+    `decay` broadcasts against the updates with its chunk dimension at 2 (size n); None is no decay.
     """
-    first = torch.zeros_like(update_BGNKV[:, :, :1]) if initial is None else initial[:, :, None]
-    before = torch.cat([first, update_BGNKV[:, :, :-1]], dim=2)
-    N = before.shape[2]
+    before = torch.cat([state[:, :, None], update_BGnKV[:, :, :-1]], dim=2)
+    n = before.shape[2]
     if decay is None:
-        for n in range(1, N):
-            before[:, :, n] += before[:, :, n - 1]
-        return before, before[:, :, -1] + update_BGNKV[:, :, -1]
-    for n in range(1, N):
-        before[:, :, n].addcmul_(decay[:, :, n - 1], before[:, :, n - 1])
-    return before, torch.addcmul(update_BGNKV[:, :, -1], decay[:, :, -1], before[:, :, -1])
+        for i in range(1, n):
+            before[:, :, i] += before[:, :, i - 1]
+        return before, before[:, :, -1] + update_BGnKV[:, :, -1]
+    for i in range(1, n):
+        before[:, :, i].addcmul_(decay[:, :, i - 1], before[:, :, i - 1])
+    return before, torch.addcmul(update_BGnKV[:, :, -1], decay[:, :, -1], before[:, :, -1])
 
 
-def carry_back(grad_BGNKV: Tensor, decay: Tensor | None, last: Tensor | None) -> tuple[Tensor, Tensor]:
+def carry_back(grad_BGnKV: Tensor, decay: Tensor | None, dlast: Tensor) -> tuple[Tensor, Tensor]:
     """The carry of gradients, from the last chunk to the first: those of the states *after* each chunk, and of the
-    initial state. `grad_BGNKV` is what each chunk's outputs say about the state before it."""
-    behind = torch.zeros_like(grad_BGNKV[:, :, :1]) if last is None else last[:, :, None]
-    after = torch.cat([grad_BGNKV[:, :, 1:], behind], dim=2)
-    N = after.shape[2]
+    state before the first. `grad_BGnKV` is what each chunk's outputs say about the state before it."""
+    after = torch.cat([grad_BGnKV[:, :, 1:], dlast[:, :, None]], dim=2)
+    n = after.shape[2]
     if decay is None:
-        for n in range(N - 1, 0, -1):
-            after[:, :, n - 1] += after[:, :, n]
-        return after, after[:, :, 0] + grad_BGNKV[:, :, 0]
-    for n in range(N - 1, 0, -1):
-        after[:, :, n - 1].addcmul_(decay[:, :, n], after[:, :, n])
-    return after, torch.addcmul(grad_BGNKV[:, :, 0], decay[:, :, 0], after[:, :, 0])
+        for i in range(n - 1, 0, -1):
+            after[:, :, i - 1] += after[:, :, i]
+        return after, after[:, :, 0] + grad_BGnKV[:, :, 0]
+    for i in range(n - 1, 0, -1):
+        after[:, :, i - 1].addcmul_(decay[:, :, i], after[:, :, i])
+    return after, torch.addcmul(grad_BGnKV[:, :, 0], decay[:, :, 0], after[:, :, 0])
 
 
 def rows(x_QX: Tensor, C: int) -> Tensor:
@@ -167,7 +182,7 @@ def rows(x_QX: Tensor, C: int) -> Tensor:
 def decayed(scores_QC: Tensor, pair: Tensor | None, C: int) -> Tensor:
     """Scores times the decay between the two steps, in place; zero above the diagonal."""
     if pair is not None:
-        rows(scores_QC, C).mul_(pair.unsqueeze(-2))
+        rows(scores_QC, C).mul_(pair.to(scores_QC.dtype).unsqueeze(-2))
     elif scores_QC.shape[-2] == C:
         scores_QC.tril_()
     else:
@@ -175,20 +190,183 @@ def decayed(scores_QC: Tensor, pair: Tensor | None, C: int) -> Tensor:
     return scores_QC
 
 
+def times(x_QX: Tensor, factor_C1: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Scale the R rows of each of the C steps by its factor (C, 1) or (C, X), and give the product in `dtype`."""
+    if factor_C1 is None:
+        return x_QX.to(dtype)
+    C = factor_C1.shape[-2]
+    if x_QX.shape[-2] == C:
+        return (x_QX * factor_C1).to(dtype)
+    return (rows(x_QX, C) * factor_C1.unsqueeze(-2)).flatten(-3, -2).to(dtype)
+
+
 def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x + a @ b over any number of batch dimensions, in place."""
+    """x + a @ b over three batch dimensions, in place."""
+    if x.dtype != a.dtype:
+        return x.add_(a @ b)
     x.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
     return x
 
 
-def log_decay_grad(change, before, last, after, dlast, over) -> Tensor:
+def log_decay_grad(change_BGnCX: Tensor, before: Tensor, last: Tensor, after: Tensor) -> Tensor:
     """d log a_t: what the steps from t to the chunk's end change (q dq - k dk), and what lies behind the chunk.
 
-    All that lies behind a chunk it sees through the state at its end, so that part is the product of this state with
+    All that lies behind a chunk sees it through the state at its end, so that part is the product of this state with
     its gradient; sums never run over more than one chunk, which keeps rounding errors small.
     """
-    C = change.shape[3]
-    inside = torch.ones(C, C, dtype=change.dtype, device=change.device).triu_() @ change
-    ends = (before[:, :, 1:] * after[:, :, :-1]).sum(over)
-    end = torch.zeros_like(before[:, :, :1]) if dlast is None else last[:, :, None] * dlast[:, :, None]
-    return inside + torch.cat([ends, end.sum(over)], dim=2).unsqueeze(3).view(*change.shape[:3], 1, -1)
+    C, X = change_BGnCX.shape[-2:]
+    inside = torch.ones(C, C, dtype=change_BGnCX.dtype, device=change_BGnCX.device).triu_() @ change_BGnCX
+    behind_BGnK = (torch.cat([before[:, :, 1:], last[:, :, None]], dim=2) * after).sum(-1)
+    behind_BGnK = behind_BGnK if X > 1 else behind_BGnK.sum(-1, keepdim=True)
+    return inside.add_(behind_BGnK.unsqueeze(3))
+
+
+class Span(NamedTuple):
+    """Some chunks of a sequence: q (B, G, n, C*R, K), k and v (B, G, n, C, .), gates (B, G, n, C, ...) or (G,).
+
+    q, k, v are in the dtype that products are computed in, gates and states in the dtype that sums are kept in.
+    `shared` is what the rule has prepared for all spans, `first` the index of the span's first chunk.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: tuple[Tensor | None, ...]
+    shared: tuple[Tensor, ...]
+    first: int
+
+
+class Rule:
+    """One recurrence, span by span. Implementations hold no data and are known by name."""
+
+    def prepare(self, gates: tuple[Tensor, ...], L: int, C: int) -> tuple[Tensor, ...]:
+        """What all spans share."""
+        return ()
+
+    def forward(self, span: Span, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """The outputs (B, G, n, C*R, V), what the backward needs, and the state behind the span."""
+        raise NotImplementedError
+
+    def backward(self, span: Span, saved: tuple[Tensor, ...], last: Tensor, dy: Tensor, dlast: Tensor, gate_grads):
+        """Gradients of q, k, v, of the gates (a list, step by step; None where `gate_grads` does not ask) and of the
+        state before the span. `last` is the state behind the span and `dlast` its gradient.
+        """
+        raise NotImplementedError
+
+
+RULES: dict[str, Rule] = {}
+SPAN_SIZE = 1 << 18  # numbers per tensor and span on a CPU: 8 heads x 64 channels x 512 steps, one megabyte
+FAST_BF16_CPU = torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
+
+
+class ChunkedScan(torch.autograd.Function):
+    """Run a rule over a sequence: (q, k, v, initial state, gates) -> (y in the dtype of v, final state).
+
+    `eps` is None, or the least denominator: then the last column of the state belongs to the normaliser.
+    """
+
+    @staticmethod
+    def forward(ctx, name: str, C: int, scale: float, eps: float | None, q, k, v, initial, *gates):
+        rule, R = RULES[name], q.shape[1] // k.shape[1]
+        (B, G, L, K), V = k.shape, v.shape[-1]
+        dtype = sum_dtype(q, k, v)
+        y = v.new_empty(B, L, G * R, V).transpose(1, 2)
+        state = k.new_zeros(B, G, K, V + (eps is not None), dtype=dtype) if initial is None else initial
+        keep, kept, weights = any(ctx.needs_input_grad), [], []
+        shared = rule.prepare(gates, L, C)
+        for start, stop in spans(k, C):
+            span = _cut(q, k, v, gates, shared, start, stop, C, R, eps)
+            part, saved, state = rule.forward(span, state)
+            if eps is not None:
+                weights.append(part[..., V:])
+                part = part[..., :V] / weights[-1].clamp(min=eps)
+            elif scale != 1.0:
+                part = part.mul_(scale)
+            y[:, :, start:stop] = queries_from_chunks(part, R, stop - start)
+            kept += [*saved, state] if keep else []
+        if keep:
+            ctx.save_for_backward(q, k, v, *gates, *kept, *weights, *([y] if eps is not None else []))
+        ctx.options, ctx.has_initial, ctx.gates = (name, C, scale, eps), initial is not None, len(gates)
+        return y, state
+
+    @staticmethod
+    def backward(ctx, dy, dlast):
+        name, C, scale, eps = ctx.options
+        q, k, v, *rest = ctx.saved_tensors
+        gates, rest = rest[: ctx.gates], rest[ctx.gates :]
+        R, V, dtype = q.shape[1] // k.shape[1], v.shape[-1], sum_dtype(q, k, v)
+        cuts = spans(k, C)
+        y = rest.pop() if eps is not None else None
+        weights = [rest.pop() for _ in cuts] if eps is not None else None  # the last span's first
+        step = len(rest) // len(cuts)
+        dstate = torch.zeros_like(rest[-1]) if dlast is None else dlast
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        asked = ctx.needs_input_grad[8:]
+        dgates = [torch.zeros_like(g) if ask else None for g, ask in zip(gates, asked, strict=True)]
+        shared = RULES[name].prepare(gates, k.shape[2], C)
+        for i in range(len(cuts) - 1, -1, -1):
+            start, stop = cuts[i]
+            span = _cut(q, k, v, gates, shared, start, stop, C, R, eps)
+            *saved, last = rest[step * i : step * (i + 1)]
+            part = torch.zeros_like(v[:, :1, :1, :1]).expand_as(y if y is not None else v) if dy is None else dy
+            part = queries_to_chunks(part[:, :, start:stop], R, C, dtype)
+            if eps is not None:
+                weight = weights[len(cuts) - 1 - i]
+                part = part / weight.clamp(min=eps)
+                own = queries_to_chunks(y[:, :, start:stop], R, C, dtype)
+                dweight = (part * own).sum(-1, keepdim=True).neg_().masked_fill_(weight < eps, 0.0)
+                part = torch.cat([part, dweight], dim=-1)
+            elif scale != 1.0:
+                part = part * scale
+            grads = RULES[name].backward(span, saved, last, part.to(span.q.dtype), dstate, asked)
+            dq[:, :, start:stop] = queries_from_chunks(grads[0], R, stop - start)
+            dk[:, :, start:stop] = grads[1].flatten(2, 3)[:, :, : stop - start]
+            dv[:, :, start:stop] = grads[2].flatten(2, 3)[:, :, : stop - start, :V]
+            for total, part in zip(dgates, grads[3], strict=True):
+                if total is None:
+                    continue
+                part = part.flatten(2, 3)[:, :, : stop - start]
+                if total.ndim == 1:
+                    total += part.sum((0, 2))
+                else:
+                    total[:, :, start:stop] = part
+            dstate = grads[4]
+        return None, None, None, None, dq, dk, dv, dstate if ctx.has_initial else None, *dgates
+
+
+def sum_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 where one of the tensors is: the dtype that sums and states are kept in."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def product_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of the operands of matrix products: bfloat16 where all inputs are and the device is fast at it.
+
+    float16 is not among them: a sum over a long sequence leaves its range.
+    """
+    half = all(x.dtype == torch.bfloat16 for x in tensors) and (tensors[0].device.type != "cpu" or FAST_BF16_CPU)
+    return torch.bfloat16 if half else sum_dtype(*tensors)
+
+
+def spans(k_BGLK: Tensor, C: int) -> list[tuple[int, int]]:
+    """The spans of whole chunks in which a sequence is worked through."""
+    B, G, L, K = k_BGLK.shape
+    if k_BGLK.device.type != "cpu" or torch.compiler.is_compiling():
+        return [(0, L)]
+    step = max(1, SPAN_SIZE // (B * G * K * C)) * C
+    return [(start, min(start + step, L)) for start in range(0, L, step)]
+
+
+def _cut(q, k, v, gates, shared, start: int, stop: int, C: int, R: int, eps: float | None) -> Span:
+    dtype = product_dtype(q, k, v)
+    v_BGnCV = to_chunks(v[:, :, start:stop], C, dtype)
+    if eps is not None:  # z is one more column of the state, written by a value that is always one
+        v_BGnCV = F.pad(v_BGnCV, (0, 1), value=1.0)
+    return Span(
+        queries_to_chunks(q[:, :, start:stop], R, C, dtype),
+        to_chunks(k[:, :, start:stop], C, dtype),
+        v_BGnCV,
+        tuple(g if g is None or g.ndim == 1 else to_chunks(g[:, :, start:stop], C, g.dtype) for g in gates),
+        shared,
+        start // C,
+    )

@@ -13,7 +13,6 @@ section 3; with gate Yang et al. 2025, "Gated Delta Networks", section 3.3). The
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ConfigError
@@ -62,7 +61,7 @@ def delta_rule(
     for name, x in (("beta", beta_BGL), ("log_decay", log_decay_BGL)):
         if x is not None and x.shape != k_BGLK.shape[:3]:
             raise ConfigError(f"{OP}: {name} must be {tuple(k_BGLK.shape[:3])}, got {tuple(x.shape)}")
-    dtype = torch.promote_types(torch.float32, torch.promote_types(q_BHLK.dtype, v_BGLV.dtype))
+    dtype = chunks.sum_dtype(q_BHLK, k_BGLK, v_BGLV)
     q, k, v, beta, log_decay = q_BHLK, k_BGLK, v_BGLV, beta_BGL, log_decay_BGL
     if mask_BL is not None:
         hidden_B1L = ~mask_BL[:, None]
@@ -77,9 +76,9 @@ def delta_rule(
     with torch.autocast(q.device.type, enabled=False):
         if q.shape[2] == 1 and backend is None:
             y, state = _step(q.to(dtype), k.to(dtype), v.to(dtype), beta, log_decay, initial, R)
+            y = (y if scale == 1.0 else y * scale).to(v_BGLV.dtype)
         else:
-            y, state = dispatch(OP, backend, q, k, v, beta, log_decay, initial, dtype, chunk)
-        y = (y * scale if scale != 1.0 else y).to(v_BGLV.dtype)
+            y, state = dispatch(OP, backend, q, k, v, beta, log_decay, initial, scale, chunk)
     return y, state if final else None
 
 
@@ -92,87 +91,70 @@ def _step(q_BH1K, k_BG1K, v_BG1V, beta_BG1, log_decay_BG1, state_BGKV, R: int):
             state_BGKV = state_BGKV * log_decay_BG1.exp()[..., None]
         write_BG1V = beta_BG1[..., None] * (v_BG1V - k_BG1K @ state_BGKV)
         state_BGKV = torch.addcmul(state_BGKV, k_BG1K.mT, write_BG1V)
-    y_BGRV = q_BH1K.view(*k_BG1K.shape[:2], R, -1) @ state_BGKV
+    y_BGRV = q_BH1K.unflatten(1, (-1, R)).squeeze(3) @ state_BGKV
     return y_BGRV.flatten(1, 2)[:, :, None], state_BGKV
 
 
 @register_backend(OP, "torch")
-def _chunked(q_BHLK, k_BGLK, v_BGLV, beta_BGL, log_decay_BGL, initial, dtype, chunk):
-    """The portable implementation: y (B, H, L, V) and the final state, both in `dtype`."""
-    G, L = k_BGLK.shape[1:3]
-    C = chunks.chunk_length(OP, L, chunk, default=64)
-    q = chunks.queries_to_chunks(q_BHLK.to(dtype), G, C)
-    k, v = chunks.to_chunks(k_BGLK.to(dtype), C), chunks.to_chunks(v_BGLV.to(dtype), C)
-    beta = F.pad(beta_BGL, (0, -L % C)).unflatten(2, (-1, C))
-    log_decay = None if log_decay_BGL is None else F.pad(log_decay_BGL, (0, -L % C)).unflatten(2, (-1, C))
-    y, state = DeltaRule.apply(q, k, v, beta, log_decay, initial)
-    return chunks.queries_from_chunks(y, q.shape[3] // C, L), state
+def _chunked(q_BHLK, k_BGLK, v_BGLV, beta_BGL, log_decay_BGL, initial, scale: float, chunk: int | None):
+    """The portable implementation: y (B, H, L, V) and the final state."""
+    C = chunks.chunk_length(OP, k_BGLK, chunk)
+    gates = (beta_BGL,) if log_decay_BGL is None else (beta_BGL, log_decay_BGL)
+    return chunks.ChunkedScan.apply(OP, C, scale, None, q_BHLK, k_BGLK, v_BGLV, initial, *gates)
 
 
-class DeltaRule(torch.autograd.Function):
-    """q (B, G, N, C*R, K), k, v (B, G, N, C, .), beta and log_decay (B, G, N, C) -> y (B, G, N, C*R, V), last state.
+class DeltaRule(chunks.Rule):
+    """gates: beta and, optionally, log_decay, both (B, G, n, C).
 
     Names: E the errors, beta * E what is written, `before` the state before each chunk; for row i of a chunk, prefix_i
     is the decay since the chunk's start and suffix_i that to its end.
     """
 
-    @staticmethod
-    def forward(ctx, q, k, v, beta, log_decay, initial):
-        C = k.shape[3]
-        pair, prefix, suffix, total = _factors(log_decay)
-        inverse = unit_inverse(_coupling(k, pair) * beta[..., None, :])
-        k_start, k_end = _times(k, prefix), _times(k, suffix)
-        W, E = inverse @ k_start, inverse @ v
-        before, last = _carry(k_end * beta[..., None], W, E, total, initial)
-        y = _times_rows(q @ before, prefix, C)
-        y = chunks.add_product(y, chunks.decayed(q @ k.mT, pair, C), E * beta[..., None])
-        ctx.save_for_backward(q, k, beta, log_decay, inverse, W, E, before, last)
-        ctx.has_initial = initial is not None
-        return y, last
+    def forward(self, span, state):
+        q, k, v, (beta, *log_decay) = span[:4]
+        C, low, dtype = k.shape[3], q.dtype, state.dtype
+        pair, prefix, suffix, total = chunks.scalar_factors(*log_decay)
+        inverse = unit_inverse(_coupling(k.to(dtype), pair) * beta[..., None, :]).to(low)
+        W, E = inverse @ chunks.times(k, prefix, low), (inverse @ v).to(dtype)
+        k_write = chunks.times(k, beta[..., None] if suffix is None else beta[..., None] * suffix, low)
+        before, last = _carry(k_write, W, E, total, state)
+        y = chunks.times(q @ before.to(low), prefix, dtype)
+        written = (E * beta[..., None]).to(low)
+        y = chunks.add_product(y, chunks.decayed(q @ k.mT, pair, C), written)
+        return y, (inverse, W, E, before), last
 
-    @staticmethod
-    def backward(ctx, dy, dlast):
-        q, k, beta, log_decay, inverse, W, E, before, last = ctx.saved_tensors
-        C, written = k.shape[3], E * beta[..., None]
-        pair, prefix, suffix, total = _factors(log_decay)
-        dy = torch.zeros_like(q[..., :1]).expand(*q.shape[:-1], E.shape[-1]) if dy is None else dy.contiguous()
-        dy_start = _times_rows(dy, prefix, C)
-        dwritten = chunks.decayed(q @ k.mT, pair, C).mT @ dy
-        after, dinitial = _carry_back(_times(k, suffix), W * beta[..., None], dwritten, q.mT @ dy_start, total, dlast)
+    def backward(self, span, saved, last, dy, dlast, gate_grads):
+        q, k, _, (beta, *log_decay) = span[:4]
+        inverse, W, E, before = saved
+        C, low, dtype, beta_C1 = k.shape[3], q.dtype, dlast.dtype, beta[..., None]
+        pair, prefix, suffix, total = chunks.scalar_factors(*log_decay)
+        dy_start = chunks.times(dy, prefix, low)
+        dwritten = (chunks.decayed(q @ k.mT, pair, C).mT @ dy).to(dtype)
+        dbefore = (q.mT @ dy_start).to(dtype)
+        after, dstate = _carry_back(
+            chunks.times(k, suffix, low), (W * beta_C1).to(low), dwritten, dbefore, total, dlast
+        )
 
+        before_low, after_low, written = before.to(low), after.to(low), (E * beta_C1).to(low)
         dscores = chunks.decayed(dy @ written.mT, pair, C)
-        dq = chunks.add_product(dy_start @ before.mT, dscores, k)
-        dk_column = chunks.add_product(_times(written @ after.mT, suffix), dscores.mT, q)
-        dv = inverse.mT @ (dwritten * beta[..., None])
-        dA = -(dv @ E.mT)
-        coupling = _coupling(k, pair)
+        dq = chunks.add_product((dy_start @ before_low.mT).to(dtype), dscores, k)
+        dk_column = chunks.add_product(chunks.times(written @ after_low.mT, suffix, dtype), dscores.mT, q)
+        dv = inverse.mT @ (dwritten * beta_C1).to(low)
+        dk_row = chunks.times(dv @ before_low.mT, prefix, dtype).neg_()
+        dA = (dv @ E.to(low).mT).to(dtype).neg_()
+        coupling = _coupling(k.to(dtype), pair)
         dbeta = (dwritten * E).sum(-1) + (dA * coupling).sum(-2)
-        dgram = dA * beta[..., None, :]
-        dgram = dgram.tril_(-1) if pair is None else dgram * pair.tril(-1)
-        dk_row = chunks.add_product(_times(-(dv @ before.mT), prefix), dgram, k)
+        dgram = chunks.decayed(dA * beta[..., None, :], pair, C).tril_(-1).to(low)
+        dk_row = chunks.add_product(dk_row, dgram, k)
         dk_column = chunks.add_product(dk_column, dgram.mT, k)
-        dlog = None
-        if ctx.needs_input_grad[4]:
-            change = (q * dq).unflatten(3, (C, -1)).sum((-1, -2)) + (k * (dk_row - dk_column)).sum(-1)
-            dlog = chunks.log_decay_grad(change[..., None], before, last, after, dlast, (-1, -2))[..., 0]
-        return dq, dk_row + dk_column, dv, dbeta, dlog, dinitial if ctx.has_initial else None
+        dgates = [dbeta]
+        if log_decay:
+            change = chunks.rows(q * dq, C).sum((-1, -2)) + (k * (dk_row - dk_column)).sum(-1)
+            dgates.append(chunks.log_decay_grad(change[..., None], before, last, after)[..., 0])
+        return dq, dk_row + dk_column, dv, dgates, dstate
 
 
-def _factors(log_decay_BGNC):
-    """Decays between pairs of steps (C, C), from the chunk's start, to its end (both (C, 1)), and over all of it."""
-    if log_decay_BGNC is None:
-        return None, None, None, None
-    pair, prefix, suffix = chunks.scalar_decays(log_decay_BGNC.exp())
-    return pair, prefix[..., None], suffix[..., None], prefix[..., -1, None, None]
-
-
-def _times(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
-
-
-def _times_rows(x_QX: Tensor, factor: Tensor | None, C: int) -> Tensor:
-    """Scale the R rows of each of the C steps."""
-    return x_QX if factor is None else (x_QX.unflatten(3, (C, -1)) * factor[..., None]).flatten(3, 4)
+chunks.RULES[OP] = DeltaRule()
 
 
 def _coupling(k: Tensor, pair: Tensor | None) -> Tensor:
@@ -198,29 +180,36 @@ def unit_inverse(A_CC: Tensor) -> Tensor:
     return inverse
 
 
-def _carry(k_end, W, E, total, initial):
-    """Through the chunks: E_n -= W_n S (in place), S <- total_n S + k_end_n^T E_n. The states before each, the last."""
-    B, G, N, _, K = k_end.shape
-    S = k_end.new_zeros(B * G, K, E.shape[-1]) if initial is None else initial.flatten(0, 1)
-    before = []
-    for n in range(N):
+def _carry(k_write, W, E, total, state):
+    """Through the chunks: E_n -= W_n S (in place), S <- total_n S + k_write_n^T E_n. Gives those states."""
+    B, G, n = W.shape[:3]
+    S, low, before = state.flatten(0, 1), W.dtype, []
+    for i in range(n):
         before.append(S)
-        E_n = E[:, :, n].flatten(0, 1)
-        E_n.baddbmm_(W[:, :, n].flatten(0, 1), S, alpha=-1)
-        S = S if total is None else S * total[:, :, n].flatten(0, 1)
-        S = torch.baddbmm(S, k_end[:, :, n].flatten(0, 1).mT, E_n)
+        E_i = E[:, :, i].flatten(0, 1)
+        _add(E_i, W[:, :, i], S.to(low), -1.0)
+        S = S.clone() if total is None else S * total[:, :, i].flatten(0, 1)
+        _add(S, k_write[:, :, i].mT, E_i.to(low))
     return torch.stack(before, dim=1).unflatten(0, (B, G)), S.unflatten(0, (B, G))
 
 
 def _carry_back(k_end, W, dwritten, dbefore, total, dlast):
     """The same way back: dwritten_n += k_end_n dS (in place), dS <- total_n dS + dbefore_n - W_n^T dwritten_n."""
-    B, G, N, _, _ = k_end.shape
-    dS = torch.zeros_like(dbefore[:, :, 0]).flatten(0, 1) if dlast is None else dlast.flatten(0, 1)
-    after = []
-    for n in range(N - 1, -1, -1):
+    B, G, n = W.shape[:3]
+    dS, low, after = dlast.flatten(0, 1), W.dtype, []
+    for i in range(n - 1, -1, -1):
         after.append(dS)
-        d_n = dwritten[:, :, n].flatten(0, 1)
-        d_n.baddbmm_(k_end[:, :, n].flatten(0, 1), dS)
-        dS = dS if total is None else dS * total[:, :, n].flatten(0, 1)
-        dS = torch.baddbmm(dS + dbefore[:, :, n].flatten(0, 1), W[:, :, n].flatten(0, 1).mT, d_n, alpha=-1)
+        d_i, x_i = dwritten[:, :, i].flatten(0, 1), dbefore[:, :, i].flatten(0, 1)
+        _add(d_i, k_end[:, :, i], dS.to(low))
+        dS = x_i + dS if total is None else torch.addcmul(x_i, total[:, :, i].flatten(0, 1), dS)
+        _add(dS, W[:, :, i].mT, d_i.to(low), -1.0)
     return torch.stack(after[::-1], dim=1).unflatten(0, (B, G)), dS.unflatten(0, (B, G))
+
+
+def _add(x: Tensor, a: Tensor, b: Tensor, sign: float = 1.0) -> None:
+    """x += sign * a @ b in place; a (B, G, ., .) may be of lower precision than x."""
+    a = a.flatten(0, 1)
+    if a.dtype == x.dtype:
+        x.baddbmm_(a, b, alpha=sign)
+    else:
+        x.add_(a @ b, alpha=sign)

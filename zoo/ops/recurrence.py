@@ -71,28 +71,22 @@ def linear_recurrence(
     _check_decay(log_decay, k_BGLK)
     if initial is not None and normalize and initial.z_BGK is None:
         raise ConfigError(f"{OP}: normalize=True needs an initial state with z; this one was made without a normaliser")
-    dtype = torch.promote_types(torch.float32, torch.promote_types(q_BHLK.dtype, v_BGLV.dtype))
-    V = v_BGLV.shape[-1]
-    value, state = v_BGLV, None if initial is None else initial.kv_BGKV.to(dtype)
-    if normalize:  # z is one more column of the state, written by a value that is always one
-        value = F.pad(v_BGLV, (0, 1), value=1.0)
-        state = None if initial is None else torch.cat([state, initial.z_BGK.to(dtype)[..., None]], dim=-1)
-    q_BHLK, k_BGLK, value, log_decay = _mask_and_cut(q_BHLK, k_BGLK, value, log_decay, mask_BL, segments_BL)
-    if log_decay is not None:
-        log_decay = log_decay.to(dtype)
-    with torch.autocast(q_BHLK.device.type, enabled=False):
-        if q_BHLK.shape[2] == 1 and backend is None:
-            y, state = _step(q_BHLK.to(dtype), k_BGLK.to(dtype), value.to(dtype), log_decay, state, R)
+    dtype = chunks.sum_dtype(q_BHLK, k_BGLK, v_BGLV)
+    state = None if initial is None else initial.kv_BGKV.to(dtype)
+    if normalize and initial is not None:
+        state = torch.cat([state, initial.z_BGK.to(dtype)[..., None]], dim=-1)
+    q, k, v, log_decay = _apply_mask(q_BHLK, k_BGLK, v_BGLV, log_decay, mask_BL, segments_BL)
+    log_decay = None if log_decay is None else log_decay.to(dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        least = eps if normalize else None
+        if q.shape[2] == 1 and backend is None:
+            y, state = _step(q.to(dtype), k.to(dtype), v.to(dtype), log_decay, state, R, scale, least)
         else:
-            y, state = dispatch(OP, backend, q_BHLK, k_BGLK, value, log_decay, state, dtype, chunk)
-        if normalize:
-            y = y[..., :V] / y[..., V:].clamp(min=eps)
-        elif scale != 1.0:
-            y = y * scale
-    y = y.to(v_BGLV.dtype)
+            y, state = dispatch(OP, backend, q, k, v, log_decay, state, scale, least, chunk)
+        y = y.to(v_BGLV.dtype)
     if not final:
         return y, None
-    return y, LinearState(state[..., :V], state[..., V]) if normalize else LinearState(state)
+    return y, LinearState(state[..., :-1], state[..., -1]) if normalize else LinearState(state)
 
 
 def _check_decay(log_decay: Tensor | None, k_BGLK: Tensor) -> None:
@@ -102,7 +96,7 @@ def _check_decay(log_decay: Tensor | None, k_BGLK: Tensor) -> None:
         raise ConfigError(f"{OP}: log_decay must be None, {wanted}; got {tuple(log_decay.shape)}")
 
 
-def _mask_and_cut(q, k, v, log_decay, mask_BL, segments_BL):
+def _apply_mask(q, k, v, log_decay, mask_BL, segments_BL):
     """Write the mask (no input, decay 1) and the starts of packed runs (decay 0) into the tensors themselves."""
     if mask_BL is None and segments_BL is None:
         return q, k, v, log_decay
@@ -121,9 +115,10 @@ def _mask_and_cut(q, k, v, log_decay, mask_BL, segments_BL):
     return q, k, v, log_decay
 
 
-def _step(q_BH1K, k_BG1K, v_BG1V, log_decay, state_BGKV, R: int):
+def _step(q_BH1K, k_BG1K, v_BG1V, log_decay, state_BGKV, R: int, scale: float, eps: float | None):
     """One step: decay the state, add k v^T, read with q."""
-    update_BGKV = k_BG1K.mT * v_BG1V
+    V = v_BG1V.shape[-1]
+    update_BGKV = k_BG1K.mT * (v_BG1V if eps is None else F.pad(v_BG1V, (0, 1), value=1.0))
     if state_BGKV is None:
         state_BGKV = update_BGKV
     elif log_decay is None:
@@ -132,136 +127,136 @@ def _step(q_BH1K, k_BG1K, v_BG1V, log_decay, state_BGKV, R: int):
         a = log_decay.exp()
         a = a[:, None, None] if a.ndim == 1 else a[..., None] if a.ndim == 3 else a.mT
         state_BGKV = torch.addcmul(update_BGKV, a, state_BGKV)
-    y_BGRV = q_BH1K.view(*k_BG1K.shape[:2], R, -1) @ state_BGKV
-    return y_BGRV.flatten(1, 2)[:, :, None], state_BGKV
+    y_BGRV = q_BH1K.unflatten(1, (-1, R)).squeeze(3) @ state_BGKV
+    y_BH1V = y_BGRV.flatten(1, 2)[:, :, None]
+    if eps is not None:
+        return y_BH1V[..., :V] / y_BH1V[..., V:].clamp(min=eps), state_BGKV
+    return y_BH1V if scale == 1.0 else y_BH1V * scale, state_BGKV
 
 
 @register_backend(OP, "torch")
-def _chunked(q_BHLK, k_BGLK, v_BGLV, log_decay, initial, dtype, chunk):
-    """The portable implementation: y (B, H, L, V) and the final state, both in `dtype`."""
-    G, L = k_BGLK.shape[1:3]
-    C = chunks.chunk_length(OP, L, chunk, default=64)
-    q = chunks.queries_to_chunks(q_BHLK.to(dtype), G, C)
-    k, v = chunks.to_chunks(k_BGLK.to(dtype), C), chunks.to_chunks(v_BGLV.to(dtype), C)
-    if log_decay is not None and log_decay.ndim > 1:
-        log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
-        log_decay = F.pad(log_decay, (0, 0, 0, -L % C)).unflatten(2, (-1, C))
-    function = VectorDecay if log_decay is not None and log_decay.ndim == 5 and log_decay.shape[-1] > 1 else MapDecay
-    y, state = function.apply(q, k, v, log_decay, initial, L)
-    return chunks.queries_from_chunks(y, q.shape[3] // C, L), state
+def _chunked(q_BHLK, k_BGLK, v_BGLV, log_decay, initial, scale: float, eps: float | None, chunk: int | None):
+    """The portable implementation: y (B, H, L, V) and the final state, with the normaliser as its last column."""
+    rule, gates = "no_decay", ()
+    if log_decay is not None:
+        rule, gates = ("no_decay", "constant_decay", "", "scalar_decay", "vector_decay")[log_decay.ndim], (log_decay,)
+    C = chunks.chunk_length(OP, k_BGLK, chunk)
+    return chunks.ChunkedScan.apply(rule, C, scale, eps, q_BHLK, k_BGLK, v_BGLV, initial, *gates)
 
 
-class MapDecay(torch.autograd.Function):
-    """Decays that are one C x C map per head: none (None), constant (G,) or per step (B, G, N, C, 1)."""
+class MapDecay(chunks.Rule):
+    """Decays that are one C x C map per head and chunk."""
 
-    @staticmethod
-    def forward(ctx, q, k, v, log_decay, initial, L):
-        C = k.shape[3]
-        pair, prefix, suffix, total = _map_factors(log_decay, k.shape, L)
-        scores = chunks.decayed(q @ k.mT, pair, C)
-        inner = k if suffix is None else k * suffix
-        before, last = chunks.carry(inner.mT @ v, total, initial)
-        y = q @ before
-        if prefix is not None:
-            chunks.rows(y, C).mul_(prefix[..., None, :])
-        y = chunks.add_product(y, scores, v)
-        ctx.save_for_backward(q, k, v, log_decay, before, last)
-        ctx.L, ctx.has_initial = L, initial is not None
-        return y, last
+    def factors(self, span: chunks.Span):
+        """The decays of a chunk: between pairs (C, C), from its start and to its end (C, 1), and over all of it."""
+        return None, None, None, None
 
-    @staticmethod
-    def backward(ctx, dy, dlast):
-        q, k, v, log_decay, before, last = ctx.saved_tensors
-        C = k.shape[3]
-        pair, prefix, suffix, total = _map_factors(log_decay, k.shape, ctx.L)
-        dy = torch.zeros_like(q[..., :1]).expand(*q.shape[:-1], v.shape[-1]) if dy is None else dy.contiguous()
-        dy_outer = dy if prefix is None else (chunks.rows(dy, C) * prefix[..., None, :]).view_as(dy)
-        after, dinitial = chunks.carry_back(q.mT @ dy_outer, total, dlast)
+    def forward(self, span, state):
+        q, k, v = span[:3]
+        C, low = k.shape[3], q.dtype
+        pair, prefix, suffix, total = self.factors(span)
+        update = (chunks.times(k, suffix, low).mT @ v).to(state.dtype)
+        before, last = chunks.carry(update, total, state)
+        y = chunks.times(q @ before.to(low), prefix, state.dtype)
+        y = chunks.add_product(y, chunks.decayed(q @ k.mT, pair, C), v)
+        return y, (before,), last
+
+    def backward(self, span, saved, last, dy, dlast, gate_grads):
+        q, k, v = span[:3]
+        C, low, dtype = k.shape[3], q.dtype, dlast.dtype
+        (before,) = saved
+        pair, prefix, suffix, total = self.factors(span)
+        dy_start = chunks.times(dy, prefix, low)
+        after, dstate = chunks.carry_back((q.mT @ dy_start).to(dtype), total, dlast)
         scores = chunks.decayed(q @ k.mT, pair, C)
         dscores = chunks.decayed(dy @ v.mT, pair, C)
-        dq = chunks.add_product(dy_outer @ before.mT, dscores, k)
-        dk, dv = v @ after.mT, k @ after
-        if suffix is not None:
-            dk, dv = dk.mul_(suffix), dv.mul_(suffix)
-        dk = chunks.add_product(dk, dscores.mT, q)
-        dv = chunks.add_product(dv, scores.mT, dy)
-        dlog = None
-        if ctx.needs_input_grad[3]:
+        after_low = after.to(low)
+        dq = chunks.add_product((dy_start @ before.to(low).mT).to(dtype), dscores, k)
+        dk = chunks.add_product(chunks.times(v @ after_low.mT, suffix, dtype), dscores.mT, q)
+        dv = chunks.add_product(chunks.times(k @ after_low, suffix, dtype), scores.mT, dy)
+        dgates = []
+        if any(gate_grads):
             change = chunks.rows(q * dq, C).sum((-1, -2)) - (k * dk).sum(-1)
-            dlog = chunks.log_decay_grad(change[..., None], before, last, after, dlast, (-1, -2))
-            if log_decay.ndim == 1:  # the filling behind step L does not decay
-                dlog = dlog.flatten(2, 4)[:, :, : ctx.L].sum((0, 2))
-        return dq, dk, dv, dlog, dinitial if ctx.has_initial else None, None
+            dgates.append(chunks.log_decay_grad(change[..., None], before, last, after)[..., 0])
+        return dq, dk, dv, dgates or [None] * len(span.gates), dstate
 
 
-def _map_factors(log_decay, shape, L: int):
-    """The decays of a chunk: between pairs (C, C), from its start, to its end, and over all of it."""
-    N, C = shape[2:4]
-    if log_decay is None:
-        return None, None, None, None
-    if log_decay.ndim == 1:
-        steps_C = torch.arange(C, device=log_decay.device)
-        distance_CC = steps_C[:, None] - steps_C
-        log_G11 = log_decay[:, None, None]
-        # 0 * -inf is no number: a decay of zero is exp(-inf) at distances above 0 and 1 at distance 0
-        pair_GCC = torch.where(
-            distance_CC > 0, (log_G11 * distance_CC.clamp(min=1)).exp(), (distance_CC == 0).to(log_G11)
-        )
-        lengths_N1 = (L - C * torch.arange(N, device=log_decay.device)).clamp(max=C)[:, None]
-        left_NC = (lengths_N1 - 1 - steps_C).clamp(min=0)
-        suffix_GNC = torch.where(left_NC > 0, (log_G11 * left_NC.clamp(min=1)).exp(), 1.0)
-        prefix_GC = (log_decay[:, None] * (steps_C + 1)).exp()
-        total_GN = (log_decay[:, None] * lengths_N1[:, 0]).exp()
-        return (
-            pair_GCC[:, None],
-            prefix_GC[None, :, None, :, None],
-            suffix_GNC[None, ..., None],
-            total_GN[None, ..., None, None],
-        )
-    pair, prefix, suffix = chunks.scalar_decays(log_decay[..., 0].exp())
-    return pair, prefix[..., None], suffix[..., None], prefix[..., -1, None, None]
+class ConstantDecay(MapDecay):
+    """log_decay (G,): one map per head for all chunks."""
+
+    def prepare(self, gates, L, C):
+        log_G = gates[0]
+        steps_C = torch.arange(C, device=log_G.device)
+        lengths_N1 = (L - torch.arange(0, L, C, device=log_G.device)).clamp(max=C)[:, None]
+        pair_GCC = _power(log_G, steps_C[:, None] - steps_C).tril()
+        prefix_GC = _power(log_G, steps_C + 1)
+        suffix_GNC = _power(log_G, lengths_N1 - 1 - steps_C)  # the filling behind the last step has no decay
+        total_GN = _power(log_G, lengths_N1[:, 0])
+        return pair_GCC[:, None], prefix_GC[:, None, :, None], suffix_GNC[..., None], total_GN[None, :, :, None, None]
+
+    def factors(self, span):
+        pair, prefix, suffix, total = span.shared
+        here = slice(span.first, span.first + span.k.shape[2])
+        return pair, prefix, suffix[:, here], total[:, :, here]
 
 
-class VectorDecay(torch.autograd.Function):
-    """One decay per channel and step, (B, G, N, C, K): the scores are built level by level of the decay tree."""
+class ScalarDecay(MapDecay):
+    """log_decay (B, G, n, C): one map per head and chunk."""
 
-    @staticmethod
-    def forward(ctx, q, k, v, log_decay, initial, L):
+    def factors(self, span):
+        return chunks.scalar_factors(span.gates[0])
+
+
+def _power(log_G: Tensor, exponents: Tensor) -> Tensor:
+    """a ** max(exponent, 0) for every head, with a ** 0 = 1 also for a = 0 (log a = -inf)."""
+    log_G = log_G.view(-1, *[1] * exponents.ndim)
+    return torch.where(exponents > 0, (log_G * exponents.clamp(min=1)).exp(), 1.0)
+
+
+class VectorDecay(chunks.Rule):
+    """log_decay (B, G, n, C, K): one decay per channel, so the scores are built level by level of the decay tree."""
+
+    def forward(self, span, state):
+        q, k, v, (log_decay,) = span[:4]
+        low = q.dtype
         scores, prefix, suffix = _vector_scores(q, k, log_decay.exp())
-        before, last = chunks.carry((k * suffix).mT @ v, prefix[..., -1, :, None], initial)
-        C = k.shape[3]
-        y = (chunks.rows(q, C) * prefix[..., None, :]).view_as(q) @ before
-        y = chunks.add_product(y, scores, v)
-        ctx.save_for_backward(q, k, v, log_decay, before, last, scores)
-        ctx.has_initial = initial is not None
-        return y, last
+        update = (chunks.times(k, suffix, low).mT @ v).to(state.dtype)
+        before, last = chunks.carry(update, prefix[..., -1, :, None], state)
+        y = (chunks.times(q, prefix, low) @ before.to(low)).to(state.dtype)
+        return chunks.add_product(y, scores, v), (before, scores), last
 
-    @staticmethod
-    def backward(ctx, dy, dlast):
-        q, k, v, log_decay, before, last, scores = ctx.saved_tensors
-        C = k.shape[3]
-        dy = torch.zeros_like(q[..., :1]).expand(*q.shape[:-1], v.shape[-1]) if dy is None else dy.contiguous()
+    def backward(self, span, saved, last, dy, dlast, gate_grads):
+        q, k, v, (log_decay,) = span[:4]
+        C, low, dtype = k.shape[3], q.dtype, dlast.dtype
+        before, scores = saved
         dq, dk, prefix, suffix = _vector_scores_grad(q, k, log_decay.exp(), dy @ v.mT)
-        q_outer = (chunks.rows(q, C) * prefix[..., None, :]).view_as(q)
-        after, dinitial = chunks.carry_back(q_outer.mT @ dy, prefix[..., -1, :, None], dlast)
-        chunks.rows(dq, C).addcmul_(chunks.rows(dy @ before.mT, C), prefix[..., None, :])
-        dk.addcmul_(v @ after.mT, suffix)
-        dv = chunks.add_product((k * suffix) @ after, scores.mT, dy)
-        dlog = None
-        if ctx.needs_input_grad[3]:
-            change = chunks.rows(q * dq, C).sum(-2) - k * dk
-            dlog = chunks.log_decay_grad(change, before, last, after, dlast, -1)
-        return dq, dk, dv, dlog, dinitial if ctx.has_initial else None, None
+        grad = (chunks.times(q, prefix, low).mT @ dy).to(dtype)
+        after, dstate = chunks.carry_back(grad, prefix[..., -1, :, None], dlast)
+        after_low = after.to(low)
+        chunks.rows(dq, C).addcmul_(chunks.rows((dy @ before.to(low).mT).to(dtype), C), prefix[..., None, :])
+        dk.addcmul_((v @ after_low.mT).to(dtype), suffix)
+        dv = chunks.add_product((chunks.times(k, suffix, low) @ after_low).to(dtype), scores.mT, dy)
+        if not any(gate_grads):
+            return dq, dk, dv, [None], dstate
+        change = chunks.rows(q * dq, C).sum(-2) - k * dk
+        return dq, dk, dv, [chunks.log_decay_grad(change, before, last, after)], dstate
+
+
+chunks.RULES.update(
+    no_decay=MapDecay(), constant_decay=ConstantDecay(), scalar_decay=ScalarDecay(), vector_decay=VectorDecay()
+)
 
 
 def _vector_scores(q, k, a):
     """q_i . (prod a[j+1..i] * k_j) for j <= i, and the factors from the chunk's start and to its end."""
     C = k.shape[3]
-    scores = _diagonal(q, k)
+    own = (chunks.rows(q, C) * k[..., None, :]).sum(-1)  # (..., C, R), every step with itself
+    scores = q.new_zeros(*q.shape[:-1], C)
+    chunks.rows(scores, C).diagonal(dim1=-3, dim2=-1).copy_(own.mT)
     prefix, suffix = a.clone(), torch.ones_like(a)
     m = 1
     while m < C:
-        q_upper, k_lower = _split(q, k, prefix, suffix, m)
+        q_upper, k_lower = _halves(q, k, prefix, suffix, m)
         chunks.lower_left(scores, m).copy_(q_upper @ k_lower.mT)
         chunks.double(prefix, suffix, m)
         m *= 2
@@ -271,34 +266,25 @@ def _vector_scores(q, k, a):
 def _vector_scores_grad(q, k, a, dscores):
     """The gradients of `_vector_scores` for q and k (not yet those through the states), and the outer factors."""
     C = k.shape[3]
-    diagonal = chunks.rows(dscores, C).diagonal(dim1=-3, dim2=-1).mT[..., None]  # (..., C, R, 1)
+    diagonal = chunks.rows(dscores, C).diagonal(dim1=-3, dim2=-1).mT[..., None].to(a.dtype)  # (..., C, R, 1)
     dq = (diagonal * k[..., None, :]).flatten(-3, -2)
     dk = (diagonal * chunks.rows(q, C)).sum(-2)
     prefix, suffix = a.clone(), torch.ones_like(a)
     m = 1
     while m < C:
-        q_upper, k_lower = _split(q, k, prefix, suffix, m)
+        q_upper, k_lower = _halves(q, k, prefix, suffix, m)
         block = chunks.lower_left(dscores, m)
         decay = chunks.upper_half(prefix, m)[..., None, :]
         upper = chunks.rows(dq, C).unflatten(-3, (-1, 2, m))[..., 1, :, :, :]
-        upper.addcmul_(chunks.rows(block @ k_lower, m), decay)
-        chunks.lower_half(dk, m).addcmul_(block.mT @ q_upper, chunks.lower_half(suffix, m))
+        upper.addcmul_(chunks.rows(block @ k_lower, m).to(a.dtype), decay)
+        chunks.lower_half(dk, m).addcmul_((block.mT @ q_upper).to(a.dtype), chunks.lower_half(suffix, m))
         chunks.double(prefix, suffix, m)
         m *= 2
     return dq, dk, prefix, suffix
 
 
-def _split(q, k, prefix, suffix, m: int):
+def _halves(q, k, prefix, suffix, m: int):
     """The queries of all upper and the keys of all lower halves of blocks of 2m steps, decayed to the middle."""
-    rows = chunks.rows(q, k.shape[3]).unflatten(-3, (-1, 2, m))[..., 1, :, :, :]
-    q_upper = (rows * chunks.upper_half(prefix, m)[..., None, :]).flatten(-3, -2)
-    return q_upper, chunks.lower_half(k, m) * chunks.lower_half(suffix, m)
-
-
-def _diagonal(q, k):
-    """The scores (..., C*R, C) of every step with itself, zero elsewhere."""
-    C = k.shape[3]
-    own = (chunks.rows(q, C) * k[..., None, :]).sum(-1)  # (..., C, R)
-    scores = q.new_zeros(*q.shape[:-1], C)
-    chunks.rows(scores, C).diagonal(dim1=-3, dim2=-1).copy_(own.mT)
-    return scores
+    q_upper = chunks.rows(q, k.shape[3]).unflatten(-3, (-1, 2, m))[..., 1, :, :, :].flatten(-3, -2)
+    q_upper = chunks.times(q_upper, chunks.upper_half(prefix, m), q.dtype)
+    return q_upper, (chunks.lower_half(k, m) * chunks.lower_half(suffix, m)).to(k.dtype)
