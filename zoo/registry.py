@@ -20,7 +20,7 @@ from importlib import metadata, resources
 from typing import Any
 
 from zoo.config import FFNOptions, MixerOptions, ZooConfig, load_yaml
-from zoo.errors import ConfigError, unknown_name
+from zoo.errors import ConfigError, did_you_mean, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +103,16 @@ def _load_all() -> None:
 def _read_family(path: str) -> None:
     """One YAML is one family: `family`, `paper`, `about`, `base` (shared config), `models: {name: overrides}`."""
     values = load_yaml(path)
-    if unknown := set(values) - {"family", "paper", "about", "base", "models"}:
-        raise ConfigError(f"{path}: unknown key {min(unknown)!r}")
+    keys = ("family", "paper", "about", "base", "models")
+    if not isinstance(values, dict) or not isinstance(values.get("models"), dict):
+        raise ConfigError(f"{path}: expected a mapping with 'family' and 'models', see docs/adding_a_mixer.md")
+    if unknown := set(values) - set(keys):
+        raise ConfigError(f"{path}: {min(unknown)}: unknown key{did_you_mean(min(unknown), keys)}")
+    shared = {k: values.get(k, "") for k in ("family", "paper", "about")}
     for name, overrides in values["models"].items():
         overrides = dict(overrides)
-        entry = {k: overrides.pop(k) for k in ("about", "tags", "deprecated") if k in overrides}
-        register_model(
-            name,
-            merge(values.get("base", {}), overrides),
-            family=values["family"],
-            paper=values.get("paper", ""),
-            **{"about": values.get("about", ""), **entry},
-        )
+        own = {k: overrides.pop(k) for k in ("paper", "about", "tags", "deprecated") if k in overrides}
+        register_model(name, merge(values.get("base", {}), overrides), **{**shared, **own})
 
 
 def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
