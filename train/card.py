@@ -1,0 +1,326 @@
+"""The model card, written from what was measured and from nothing else.
+
+`write_card` fills `model_cards/template.md` from score.json and the lineage of a model. What is not in them reads
+"not measured" or is left out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+
+from zoo.errors import DataError
+
+ABSENT = "not measured"
+PIPELINES = {
+    "causal-lm": "text-generation",
+    "masked-lm": "fill-mask",
+    "sentence-embedding": "sentence-similarity",
+    "sequence-classification": "text-classification",
+}
+PLOTS = {
+    "by_position.png": "Perplexity and KL by position",
+    "by_length.png": "State bytes and decoding speed by length",
+    "tradeoff.png": "KL against the number of layers that keep attention",
+}
+Table = tuple[str, list[str], list[list[str]]]
+
+
+def tables(score: Mapping[str, Any]) -> list[Table]:
+    """(title, header, lines of cells) of what the rows of a score hold; columns nobody measured are left out."""
+    rows = score["rows"]
+    made = [
+        _table(f"Quality on {_held_out(score)}", rows, _quality_columns()),
+        _table("Recall at each length (share right)", rows, _recall_columns(rows)),
+        _table("Cost", rows, _cost_columns(rows)),
+    ]
+    branches = [row for row in rows if row.get("branches")]
+    if branches:
+        header = ["model", "KL", "KL, linear off", "KL, window off", "perplexity, linear off", "perplexity, window off"]
+        lines = [
+            [
+                row["name"],
+                *(_number(_at(row, "branches", case, "kl"), 3) for case in ("both_on", "linear_off", "window_off")),
+                *(_number(_at(row, "branches", case, "perplexity"), 2) for case in ("linear_off", "window_off")),
+            ]
+            for row in branches
+        ]
+        made.append((f"Branches, on {branches[0]['branches']['tokens']} of the tokens", header, lines))
+    return [table for table in made if len(table[1]) > 2]
+
+
+def _held_out(score: Mapping[str, Any]) -> str:
+    data = score.get("data", {})
+    if "tokens" not in data:
+        return "held-out text"
+    return f"{data['tokens']} held-out tokens in rows of {data['length']}"
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Any]) -> Table:
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    kept = {name: column for name, column in cells.items() if any(c != ABSENT for c in column)}
+    header = ["model", "role", *kept]
+    lines = [
+        [row["name"], row["role"].replace("_", " "), *(column[i] for column in kept.values())]
+        for i, row in enumerate(rows)
+    ]
+    return title, header, lines
+
+
+def _quality_columns() -> dict[str, Any]:
+    def kl(row: Mapping[str, Any]) -> str:
+        error = row.get("kl_standard_error")
+        return _number(row.get("kl"), 4) + (f" ± {error:.4f}" if error else "")
+
+    return {
+        "perplexity": lambda row: _number(row.get("perplexity"), 2),
+        "KL (nats)": kl,
+        "top-1": lambda row: _percent(row.get("top1")),
+        "cosine": lambda row: _number(row.get("cosine"), 4),
+        "greedy agreement (tokens)": lambda row: _number(row.get("greedy_agreement"), 1),
+    }
+
+
+def _recall_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for key, title in (("passkey", "passkey"), ("passkey_choice", "passkey, 1 of 10"), ("mqar", "MQAR")):
+        for length in _lengths(rows, key):
+            columns[f"{title} {length}"] = lambda row, key=key, length=length: _percent(_at(row, key, length))
+    return columns
+
+
+def _cost_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for length in _lengths(rows, "state_bytes"):
+        columns[f"state at {length}"] = lambda row, n=length: _bytes(_at(row, "state_bytes", n))
+    for key, title in (("decode_tokens_per_s", "decode"), ("prefill_tokens_per_s", "prefill")):
+        for length in _lengths(rows, key):
+            columns[f"{title} at {length} (tok/s)"] = lambda row, k=key, n=length: _number(_at(row, k, n), 1)
+    columns["parameters"] = lambda row: _count(row.get("parameters"))
+    columns["trained on (tokens)"] = lambda row: _count(row.get("train_tokens"))
+    columns["CPU-seconds"] = lambda row: _number(row.get("train_cpu_seconds"), 0)
+    return columns
+
+
+def _lengths(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    return list(dict.fromkeys(str(n) for row in rows for n in (row.get(key) or {})))
+
+
+def _at(row: Mapping[str, Any], *path: str) -> Any:
+    value: Any = row
+    for key in path:
+        value = None if value is None else value.get(key)
+    return value
+
+
+def _number(value: float | None, digits: int) -> str:
+    return ABSENT if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return ABSENT if value is None else f"{100 * value:.1f} %"
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return ABSENT
+    return f"{value / 2**20:.2f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
+
+
+def _count(value: int | None) -> str:
+    if value is None:
+        return ABSENT
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return str(value)
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first column to the left, numbers to the right."""
+    aligned = ["---", *(["---:"] * (len(header) - 1))]
+    escaped = [
+        [str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in (header, aligned, *lines)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def write_card(
+    folder: str | Path,
+    score: Any,
+    lineage: Mapping[str, Any],
+    *,
+    title: str | None = None,
+    location: str | None = None,
+    task: str = "causal-lm",
+    tags: Sequence[str] = (),
+    limits: Sequence[str] = (),
+) -> Path:
+    """Write README.md, the model card, into the folder of a model; its path.
+
+    Args:
+        folder: of the saved model; plots that are in it are shown.
+        score: a `Score`, its JSON, or the path of score.json.
+        lineage: what the model was made from. Keys that are known, all optional: `teacher`, `teacher_revision`,
+            `base_model` (the teacher's name on the Hub), `license`, `data`, `data_license`, `stages` (mappings with
+            `name`, `tokens`, `cpu_seconds`, and whatever else is worth a column), `seed`, `version`, `command`.
+        title: by default the name of the folder.
+        location: where readers load it from; by default `folder` as it is given.
+        task: of the model, for its pipeline tag.
+        tags: more tags for the front matter.
+        limits: sentences on what the model must not be trusted with, below those that follow from the score.
+
+    Raises:
+        DataError: a score without a row for a student.
+    """
+    folder = Path(folder)
+    values = _score_json(score)
+    student = next((row for row in values["rows"] if row.get("role") == "student"), None)
+    if student is None:
+        raise DataError("a card needs a score with a row for the student")
+    teacher = next((row for row in values["rows"] if row.get("role") == "teacher"), None)
+    text = Template(resources.files("zoo.model_cards").joinpath("template.md").read_text(encoding="utf-8")).substitute(
+        front_matter=_front_matter(lineage, student, task, tags),
+        title=title or folder.resolve().name,
+        summary=_summary(student, teacher, lineage),
+        location=location or str(folder),
+        lineage=_lineage(lineage, student, values),
+        score=_score_section(values),
+        plots="\n\n".join(f"![{alt}]({name})" for name, alt in PLOTS.items() if (folder / name).is_file()),
+        limits=_limits(values, student, limits),
+        reproduce=_reproduce(lineage, values),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path, partial = folder / "README.md", folder / "README.md.partial"
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _score_json(score: Any) -> dict[str, Any]:
+    from zoo.train.score import Score
+
+    if isinstance(score, str | Path):
+        score = Score.load(score)
+    return score.to_json() if isinstance(score, Score) else dict(score)
+
+
+def _front_matter(lineage: Mapping[str, Any], student: Mapping[str, Any], task: str, tags: Sequence[str]) -> str:
+    mixers = sorted(set(student.get("mixers") or {}) - {"attention"})
+    values = {
+        "license": lineage.get("license"),
+        "base_model": lineage.get("base_model"),
+        "library_name": "zoo",
+        "pipeline_tag": PIPELINES.get(task),
+        "tags": list(dict.fromkeys([*tags, "zoo", "distillation", *mixers])),
+    }
+    kept = {key: value for key, value in values.items() if value is not None}
+    return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---"
+
+
+def _summary(student: Mapping[str, Any], teacher: Mapping[str, Any] | None, lineage: Mapping[str, Any]) -> str:
+    name = lineage.get("teacher") or (teacher or {}).get("name") or "a Transformer"
+    mixers = student.get("mixers") or {}
+    layers = sum(mixers.values())
+    parts = [f"{count} of {layers} layers are `{mixer}`" for mixer, count in mixers.items()]
+    made = f"Made from {name} by replacing its attention and distilling"
+    sentences = [f"{made}: {', '.join(parts)}." if parts else f"{made}."]
+    kl, top1 = student.get("kl"), student.get("top1")
+    if kl is not None and top1 is not None:
+        sentences.append(
+            f"On held-out text KL(teacher || student) is {kl:.3f} nats per token, and the likeliest next token is the "
+            f"teacher's {100 * top1:.1f} % of the time."
+        )
+    ratios = _ratios(student, teacher)
+    return " ".join([*sentences, *ratios])
+
+
+def _ratios(student: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> list[str]:
+    out = []
+    for key, text in (
+        ("state_bytes", "its state has {:.2f}x the bytes"),
+        ("decode_tokens_per_s", "it writes {:.2f}x as fast"),
+    ):
+        own, other = student.get(key) or {}, (teacher or {}).get(key) or {}
+        shared = [n for n in own if own[n] and other.get(n)]
+        if shared:
+            longest = max(shared, key=int)
+            out.append(f"After {longest} tokens {text.format(own[longest] / other[longest])}.")
+    return out
+
+
+def _lineage(lineage: Mapping[str, Any], student: Mapping[str, Any], score: Mapping[str, Any]) -> str:
+    teacher = lineage.get("teacher")
+    if teacher and lineage.get("teacher_revision"):
+        teacher = f"{teacher}, revision {lineage['teacher_revision']}"
+    version = lineage.get("version") or score.get("versions", {}).get("zoo")
+    facts = {
+        "Teacher": teacher,
+        "Licence": lineage.get("license"),
+        "Training text": lineage.get("data"),
+        "Licence of the text": lineage.get("data_license"),
+        "Tokens trained on": student.get("train_tokens"),
+        "CPU-seconds": None if student.get("train_cpu_seconds") is None else round(student["train_cpu_seconds"]),
+        "Seed": lineage.get("seed"),
+        "zoo": version,
+    }
+    lines = [f"- {name}: {value}" for name, value in facts.items() if value is not None]
+    stages = lineage.get("stages") or []
+    if stages:
+        columns = list(dict.fromkeys(key for stage in stages for key in stage))
+        cells = [[_cell(stage.get(column)) for column in columns] for stage in stages]
+        lines += ["", "Stages, in this order:", "", markdown_table([c.replace("_", " ") for c in columns], cells)]
+    return "\n".join(lines) or "Nothing is recorded."
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _score_section(score: Mapping[str, Any]) -> str:
+    parts = [f"{title}:\n\n{markdown_table(header, lines)}" for title, header, lines in tables(score)]
+    source = score.get("data", {}).get("source")
+    if source:
+        parts.append(f"Text: {source}. All models were scored on the same tokens.")
+    m = score.get("machine") or {}
+    if m:
+        parts.append(
+            f"Measured on {m.get('cpu')}, {m.get('threads')} threads of {m.get('cores')} cores, {m.get('dtype')}, "
+            f"batch 1; times were taken in turns."
+        )
+    return "\n\n".join([*parts, *score.get("notes", [])])
+
+
+def _limits(score: Mapping[str, Any], student: Mapping[str, Any], limits: Sequence[str]) -> str:
+    found = ["It inherits what its teacher gets wrong; nothing was done about it here."]
+    length = score.get("data", {}).get("length")
+    if length:
+        found.append(f"KL and perplexity were measured on texts of {length} tokens, of one kind.")
+    window = next((row for row in score["rows"] if row.get("role") == "window_baseline"), None)
+    if window is None:
+        found.append("It was not compared with a sliding window of equal state bytes.")
+    elif student.get("kl") is not None and window.get("kl") is not None and window["kl"] <= student["kl"]:
+        found.append(
+            f"A sliding window of equal state bytes does as well or better on this text (KL {window['kl']:.3f} against "
+            f"{student['kl']:.3f})."
+        )
+    if not student.get("passkey"):
+        found.append("Recall over long distances was not measured.")
+    return "\n".join(f"- {line}" for line in (*found, *limits))
+
+
+def _reproduce(lineage: Mapping[str, Any], score: Mapping[str, Any]) -> str:
+    commands = [c for c in dict.fromkeys((lineage.get("command"), score.get("command"))) if c]
+    if not commands:
+        return "The command was not recorded."
+    return "```\n" + "\n".join(commands) + "\n```"
