@@ -56,7 +56,7 @@ def test_agrees_with_the_loop(causal, window, sinks, length, old):
     torch.testing.assert_close(window_attention(*tensors, **options), window_attention_reference(*tensors, **options))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(80))
 def test_everything_together(seed):
     """Random combinations of all options, with poison in the padding, against the loop."""
     torch.manual_seed(seed)
@@ -73,6 +73,8 @@ def test_everything_together(seed):
         "mask_BS": mask,
         "segments_BS": pick(None, some_ids(2, s)),
     }
+    if options["segments_BS"] is not None and not options["causal"]:
+        options["sinks"] = min(options["sinks"], options["window"])
     if pick(True, False):
         options["globals_BS"] = torch.rand(2, s) < 0.1
     elif pick(True, False):
@@ -283,6 +285,8 @@ def test_refuses_what_does_not_fit():
         window_attention(q, k, v, window=0)
     with pytest.raises(ConfigError, match="sinks is -1"):
         window_attention(q, k, v, window=4, sinks=-1)
+    with pytest.raises(ConfigError, match="5 sinks but a window of 4"):
+        window_attention(q, k, v, window=4, sinks=5, causal=False, segments_BS=some_ids(2, 40))
     marks = torch.zeros(2, 40, dtype=torch.bool)
     with pytest.raises(ConfigError, match="exclude each other"):
         window_attention(q, k, v, window=4, globals_BS=marks, sink_kv=(k[:, :, :2], v[:, :, :2]))

@@ -63,11 +63,14 @@ def window_attention(
         ordinary. By default the largest number in the batch, which is read from the tensor (one synchronisation).
     backend: "flash_attn" (CUDA, plain windows) or "blocks"; by default the first that can.
 
-    Raises ConfigError where shapes do not fit or arguments exclude each other.
+    Raises ConfigError where shapes do not fit or arguments exclude each other (also for more sinks than window in
+    packed two-sided rows).
     """
     check_heads(q_BHLK, k_BGSK, v_BGSV, window=window, mask_BS=mask_BS, segments_BS=segments_BS, globals_BS=globals_BS)
     if sinks < 0:
         raise ConfigError(f"sinks is {sinks}, but must be at least 0")
+    if segments_BS is not None and not causal and sinks > window:
+        raise ConfigError(f"{sinks} sinks but a window of {window}: packed two-sided rows need sinks <= window")
     if sink_kv is not None and globals_BS is not None:
         raise ConfigError("sink_kv and globals_BS exclude each other: global tokens need all keys, so sinks are there")
     if sink_kv is not None:
@@ -154,77 +157,94 @@ def _blocks(q, k, v, *, mask_BS, segments_BS, globals_BS, positions_BL, **option
 
 
 class _Row(NamedTuple):
-    """What is known of each row, once padding stands first and index distance is token distance."""
+    """What is known of the rows once padding stands first in each, so that index distance is token distance."""
 
     k: Tensor
     v: Tensor
-    length: int
+    length: int  # of the queries, which are cut into blocks of `size`
+    size: int
     window: int
     causal: bool
     pads_B: Tensor | None  # the number of padded positions, all at the front
     runs_BS: Tensor | None  # the number of the packed sequence of each position
     globals_BS: Tensor | None
 
+    def count(self) -> int:
+        """N, the number of blocks."""
+        return -(-self.length // self.size)
+
+    def index_NC(self) -> Tensor:
+        """Index of each query among the keys. The last block may go on behind the end; its rows are cut off."""
+        first = self.k.shape[2] - self.length
+        places = torch.arange(first, first + self.count() * self.size, device=self.k.device)
+        return places.view(-1, self.size)
+
+    def by_block(self, x_BL: Tensor) -> Tensor:
+        """(B, L) -> (B, N, C)."""
+        return F.pad(x_BL, (0, self.count() * self.size - self.length)).unflatten(1, (-1, self.size))
+
     def far(self, distance: Tensor) -> Tensor:
         """Out of the window, and not in the future where that is hidden."""
         return (distance if self.causal else distance.abs()) >= self.window
 
-    def queries_L(self) -> Tensor:
-        s = self.k.shape[2]
-        return torch.arange(s - self.length, s, device=self.k.device)
+    def at(self, x_BS: Tensor, index: Tensor) -> Tensor:
+        """x at the places `index` (B, ...), which are held within the row."""
+        s = x_BS.shape[1]
+        return x_BS.gather(1, index.clamp(max=s - 1).flatten(1)).view(index.shape)
 
 
 class _Extra(NamedTuple):
-    """Keys beside the window: the same E for all queries (k_BGEK), or E for each query (k_BGLEK)."""
+    """Keys beside the window."""
 
-    k: Tensor
+    k: Tensor  # (B, G, N or 1, E, K)
     v: Tensor
-    visible: Tensor  # (B or 1, L, E)
+    visible: Tensor  # (B or 1, N, C, E)
 
 
 def _aligned(
     q, k, v, *, window, sinks, sink_kv, positions_BL, causal, scale, pads_B, runs_BS, globals_BS, max_globals
 ) -> Tensor:
-    shared, own, global_index_BM = [], [], None
+    index_BM = None
     if globals_BS is not None:
-        global_index_BM, globals_BS = _bounded_globals(globals_BS, max_globals)
-    row = _Row(k, v, q.shape[2], window, causal, pads_B, runs_BS, globals_BS)
-    if global_index_BM is not None:
-        shared.append(_global_keys(row, global_index_BM))
+        index_BM, globals_BS = _bounded_globals(globals_BS, max_globals)
+    size, before, after = _block_geometry(q.shape[2], k.shape[2], window, causal, packed=runs_BS is not None)
+    row = _Row(k, v, q.shape[2], size, window, causal, pads_B, runs_BS, globals_BS)
+    extras = []
+    if index_BM is not None:
+        extras.append(_global_keys(row, index_BM))
     if sink_kv is not None:
-        shared.append(_given_sinks(row, sink_kv, positions_BL))
+        extras.append(_given_sinks(row, sink_kv, positions_BL))
     if sinks and runs_BS is not None:
-        own.append(_segment_sinks(row, sinks, first_given=sink_kv is not None))
+        extras.append(_segment_sinks(row, sinks, first_given=sink_kv is not None))
     elif sinks and sink_kv is None:
-        shared.append(_first_tokens(row, min(sinks, k.shape[2])))
-
-    size, before, after = _block_geometry(q.shape[2], k.shape[2], window, causal)
-    y = _attend(q * scale, *_window_keys(row, size, before, after), size, shared, own)
-    if global_index_BM is not None:
-        y = _answer_globals(y, q, row, global_index_BM, scale)
+        extras.append(_first_tokens(row, min(sinks, k.shape[2])))
+    y = _attend(q, scale, *_window_keys(row, before, after), extras)
+    if index_BM is not None:
+        y = _answer_globals(y, q, row, index_BM, scale)
     return y
 
 
-def _block_geometry(length: int, s: int, window: int, causal: bool) -> tuple[int, int, int]:
+def _block_geometry(length: int, s: int, window: int, causal: bool, packed: bool) -> tuple[int, int, int]:
     """Queries a block, and how many keys a block meets before its first and after its last query."""
-    size = min(max(16, 1 << (max(window - 1, 1).bit_length() - 1)), 128)
+    # Half the window in powers of two was fastest on a CPU; `_segment_sinks` relies on size <= window + 1.
+    size = min(max(16, 1 << (max(window - 1, 1).bit_length() - 1)), 64)
+    size = min(size, window + 1) if packed else size
     if length <= size:  # one block: all new keys, and what the window reaches of the old ones
         return length, min(window - 1, s - length), 0
     before = -(-(window - 1) // size) * size
     return size, before, 0 if causal else before
 
 
-def _window_keys(row: _Row, size: int, before: int, after: int) -> tuple[Tensor, Tensor, Tensor]:
-    """k_BGNJK, v_BGNJV and who sees them, (B or 1, N, C, J), for blocks of `size` queries."""
-    s, device = row.k.shape[2], row.k.device
-    n = -(-row.length // size)
+def _window_keys(row: _Row, before: int, after: int) -> tuple[Tensor, Tensor, Tensor]:
+    """k_BGNJK, v_BGNJV and who sees them, (B or 1, N, C, J)."""
+    s, n, size, device = row.k.shape[2], row.count(), row.size, row.k.device
     first = s - row.length - before  # the index in k of the first key of block 0
     span = before + size + after
     ends = (-first, first + (n - 1) * size + span - s)  # zeros to add, or keys to drop, at both ends
 
-    def blocks(x: Tensor, value: float = 0) -> Tensor:
+    def blocks(x: Tensor) -> Tensor:
         """(B, ..., S, K) -> (B, ..., N, J, K): pieces of `size` beside each other, as the windows overlap."""
-        x = F.pad(x, (0, 0, *ends), value=value)
+        x = F.pad(x, (0, 0, *ends))
         if n == 1:
             return x.unsqueeze(-3)
         pieces = x.unflatten(-2, (-1, size))
@@ -237,7 +257,7 @@ def _window_keys(row: _Row, size: int, before: int, after: int) -> tuple[Tensor,
     if row.pads_B is not None:
         visible = visible & (index_NJ >= row.pads_B[:, None, None])[:, :, None]
     if row.runs_BS is not None:
-        mine_BNC = F.pad(row.runs_BS[:, s - row.length :], (0, n * size - row.length)).unflatten(1, (n, size))
+        mine_BNC = row.by_block(row.runs_BS[:, s - row.length :])
         visible = visible & (blocks(row.runs_BS[..., None])[:, :, None, :, 0] == mine_BNC[..., None])
     if row.globals_BS is not None:
         visible = visible & ~blocks(row.globals_BS[..., None])[:, :, None, :, 0]
@@ -246,55 +266,65 @@ def _window_keys(row: _Row, size: int, before: int, after: int) -> tuple[Tensor,
 
 def _first_tokens(row: _Row, sinks: int) -> _Extra:
     """The first real tokens of each row, for the queries whose window does not reach them."""
-    if row.pads_B is None:
-        index = torch.arange(sinks, device=row.k.device)[None]
-        k, v = row.k[:, :, :sinks], row.v[:, :, :sinks]
-    else:
-        index = row.pads_B[:, None] + torch.arange(sinks, device=row.k.device)
-        inside = index.clamp(max=row.k.shape[2] - 1)
+    s = row.k.shape[2]
+    index_BE = torch.arange(sinks, device=row.k.device)[None]
+    k, v = row.k[:, :, :sinks], row.v[:, :, :sinks]
+    if row.pads_B is not None:
+        index_BE = row.pads_B[:, None] + index_BE
+        inside = index_BE.clamp(max=s - 1)
         k, v = take(row.k, inside, 2), take(row.v, inside, 2)
-    visible = row.far(row.queries_L()[:, None] - index[:, None]) & (index < row.k.shape[2])[:, None]
+    visible = row.far(row.index_NC()[..., None] - index_BE[:, None, None]) & (index_BE < s)[:, None, None]
     if row.globals_BS is not None:
-        inside = index.clamp(max=row.k.shape[2] - 1).expand(row.k.shape[0], -1)
-        visible = visible & ~row.globals_BS.gather(1, inside)[:, None]
-    return _Extra(k, v, visible)
+        is_global = row.at(row.globals_BS, index_BE.expand(row.k.shape[0], -1))
+        visible = visible & ~is_global[:, None, None]
+    return _Extra(k[:, :, None], v[:, :, None], visible)
 
 
 def _given_sinks(row: _Row, sink_kv: tuple[Tensor, Tensor], positions_BL: Tensor | None) -> _Extra:
     k, v = (x.to(row.k.dtype) for x in sink_kv)
-    if positions_BL is None:
-        positions_BL = row.queries_L()[None] if row.pads_B is None else row.queries_L() - row.pads_B[:, None]
-    visible = row.far(positions_BL[..., None] - torch.arange(k.shape[2], device=k.device))
+    if positions_BL is not None:
+        positions_BNC = row.by_block(positions_BL)
+    else:
+        positions_BNC = row.index_NC()[None]
+        if row.pads_B is not None:
+            positions_BNC = positions_BNC - row.pads_B[:, None, None]
+    visible = row.far(positions_BNC[..., None] - torch.arange(k.shape[2], device=k.device))
     if row.runs_BS is not None:
-        visible = visible & (row.runs_BS[:, -row.length :] == _first_run(row))[..., None]
-    return _Extra(k, v, visible)
+        mine_BNC = row.by_block(row.runs_BS[:, -row.length :])
+        visible = visible & (mine_BNC == _first_run(row)[:, :, None])[..., None]
+    return _Extra(k[:, :, None], v[:, :, None], visible)
 
 
 def _first_run(row: _Row) -> Tensor:
     """The number of the sequence that each row begins with, (B, 1)."""
-    if row.pads_B is None:
-        return row.runs_BS[:, :1]
-    return row.runs_BS.gather(1, row.pads_B[:, None].clamp(max=row.k.shape[2] - 1))
+    return row.runs_BS[:, :1] if row.pads_B is None else row.at(row.runs_BS, row.pads_B[:, None])
 
 
 def _segment_sinks(row: _Row, sinks: int, first_given: bool) -> _Extra:
-    """The first tokens of each query's own sequence: a gather for each query, for sequences may end in any block."""
-    s = row.k.shape[2]
-    index_S = torch.arange(s, device=row.k.device)
+    """The first tokens of the sequence in which each block begins.
+
+    No other sequence needs sinks there: one that begins inside the block is at most size - 1 <= window long at its
+    end, so that all of it is in reach.
+    """
+    s, device = row.k.shape[2], row.k.device
+    index_S, index_NC = torch.arange(s, device=device), row.index_NC()
     begins_BS = F.pad(row.runs_BS[:, 1:] != row.runs_BS[:, :-1], (1, 0), value=True)
     if row.pads_B is not None:
         begins_BS = begins_BS | (index_S == row.pads_B[:, None])
     start_BS = torch.where(begins_BS, index_S, 0).cummax(-1).values
-    index_BLE = start_BS[:, -row.length :, None] + torch.arange(sinks, device=row.k.device)
-    inside = index_BLE.clamp(max=s - 1).flatten(1)
-    mine_BL1 = row.runs_BS[:, -row.length :, None]
-    visible = row.far(row.queries_L()[:, None] - index_BLE) & (index_BLE < s)
-    visible = visible & (row.runs_BS.gather(1, inside).view_as(index_BLE) == mine_BL1)
+    index_BNE = start_BS[:, index_NC[:, 0], None] + torch.arange(sinks, device=device)
+    inside = index_BNE.clamp(max=s - 1).flatten(1)
+    mine_BNC = row.by_block(row.runs_BS[:, s - row.length :])
+    usable_BNE = index_BNE < s
+    if row.pads_B is not None:
+        usable_BNE = usable_BNE & (index_BNE >= row.pads_B[:, None, None])
     if row.globals_BS is not None:
-        visible = visible & ~row.globals_BS.gather(1, inside).view_as(index_BLE)
+        usable_BNE = usable_BNE & ~row.at(row.globals_BS, index_BNE)
     if first_given:
-        visible = visible & (mine_BL1 != _first_run(row)[..., None])
-    shape = (row.length, sinks)
+        usable_BNE = usable_BNE & (mine_BNC[..., :1] != _first_run(row)[..., None])
+    visible = row.far(index_NC[..., None] - index_BNE[:, :, None]) & usable_BNE[:, :, None]
+    visible = visible & (row.at(row.runs_BS, index_BNE)[:, :, None] == mine_BNC[..., None])
+    shape = (row.count(), sinks)
     return _Extra(take(row.k, inside, 2).unflatten(2, shape), take(row.v, inside, 2).unflatten(2, shape), visible)
 
 
@@ -308,12 +338,14 @@ def _bounded_globals(globals_BS: Tensor, most: int | None) -> tuple[Tensor, Tens
 
 
 def _global_keys(row: _Row, index_BM: Tensor) -> _Extra:
-    visible = row.globals_BS.gather(1, index_BM)[:, None]
+    visible = row.globals_BS.gather(1, index_BM)[:, None, None]
     if row.causal:
-        visible = visible & (index_BM[:, None] <= row.queries_L()[:, None])
+        visible = visible & (index_BM[:, None, None] <= row.index_NC()[..., None])
     if row.runs_BS is not None:
-        visible = visible & (row.runs_BS.gather(1, index_BM)[:, None] == row.runs_BS[:, -row.length :, None])
-    return _Extra(take(row.k, index_BM, 2), take(row.v, index_BM, 2), visible.expand(-1, row.length, -1))
+        mine_BNC = row.by_block(row.runs_BS[:, -row.length :])
+        visible = visible & (row.runs_BS.gather(1, index_BM)[:, None, None] == mine_BNC[..., None])
+    visible = visible.expand(-1, row.count(), row.size, -1)
+    return _Extra(take(row.k, index_BM, 2)[:, :, None], take(row.v, index_BM, 2)[:, :, None], visible)
 
 
 def _answer_globals(y: Tensor, q: Tensor, row: _Row, index_BM: Tensor, scale: float) -> Tensor:
@@ -343,42 +375,24 @@ def _answer_globals(y: Tensor, q: Tensor, row: _Row, index_BM: Tensor, scale: fl
     return F.pad(y, (0, 0, 0, 1)).scatter(2, to, answer)[:, :, :-1]
 
 
-def _attend(q, k_BGNJK, v_BGNJV, visible, size: int, shared: list[_Extra], own: list[_Extra]) -> Tensor:
-    """One softmax over the window of each block and the extra keys. Queries come scaled."""
-    (b, h, length, _), (g, n) = q.shape, k_BGNJK.shape[1:3]
-    r, tail = h // g, n * size - length
-
-    def cut(x: Tensor) -> Tensor:  # (B, L, E) -> (B, N, C, E), the rows added at the end seeing nothing
-        return F.pad(x, (0, 0, 0, tail)).unflatten(1, (n, size))
-
-    for extra in shared:
-        k_BGNJK = torch.cat([extra.k[:, :, None].expand(-1, -1, n, -1, -1), k_BGNJK], 3)
-        v_BGNJV = torch.cat([extra.v[:, :, None].expand(-1, -1, n, -1, -1), v_BGNJV], 3)
-        seen = cut(extra.visible)
-        rows = max(seen.shape[0], visible.shape[0])
-        visible = torch.cat([seen.expand(rows, -1, -1, -1), visible.expand(rows, -1, -1, -1)], -1)
+def _attend(q, scale: float, k_BGNJK, v_BGNJV, visible, extras: list[_Extra]) -> Tensor:
+    """One softmax over the extra keys and the window of each block."""
+    (b, h, length, _), (g, n), size = q.shape, k_BGNJK.shape[1:3], visible.shape[2]
+    r = h // g
+    if extras:
+        rows = max(x.shape[0] for x in (*(e.visible for e in extras), visible))
+        k_BGNJK = torch.cat([*(e.k.expand(-1, -1, n, -1, -1) for e in extras), k_BGNJK], 3)
+        v_BGNJV = torch.cat([*(e.v.expand(-1, -1, n, -1, -1) for e in extras), v_BGNJV], 3)
+        visible = torch.cat([x.expand(rows, -1, -1, -1) for x in (*(e.visible for e in extras), visible)], -1)
+    # Finite, so that a row which sees nothing (padding) has a finite softmax and gradient; its weight is exactly 0
+    # beside any visible key.
+    low = torch.finfo(q.dtype).min / 2
+    bias = torch.zeros((), dtype=q.dtype, device=q.device).masked_fill(~visible, low)
 
     # The R query heads of a key head are rows beside each other: one product, nothing repeated.
-    q_BGNRCK = F.pad(q, (0, 0, 0, tail)).view(b, g, r, n, size, -1).transpose(2, 3)
+    q_BGNRCK = F.pad(q * scale, (0, 0, 0, n * size - length)).view(b, g, r, n, size, -1).transpose(2, 3)
     scores = q_BGNRCK.reshape(b * g * n, r * size, -1) @ k_BGNJK.flatten(0, 2).transpose(1, 2)
-    scores = scores.view(b, g, n, r, size, -1)
-    scores += _bias(visible, scores.dtype)  # in place: a product does not need its result for backward
-    columns = [scores]
-    for extra in own:
-        k_BGNCEK = F.pad(extra.k, (0, 0, 0, 0, 0, tail)).unflatten(2, (n, size))
-        theirs = (q_BGNRCK.transpose(3, 4) @ k_BGNCEK.transpose(-1, -2)).transpose(3, 4)
-        columns.append(theirs + _bias(cut(extra.visible), scores.dtype))
-    weights = torch.cat(columns, -1).softmax(-1) if own else scores.softmax(-1)
-    parts = weights.split([c.shape[-1] for c in columns], -1) if own else (weights,)
-    y = (parts[0].reshape(b * g * n, r * size, -1) @ v_BGNJV.flatten(0, 2)).view(b, g, n, r, size, -1)
-    for extra, part in zip(own, parts[1:], strict=True):
-        v_BGNCEV = F.pad(extra.v, (0, 0, 0, 0, 0, tail)).unflatten(2, (n, size))
-        y = y + (part.transpose(3, 4) @ v_BGNCEV).transpose(3, 4)
-    return y.transpose(2, 3).reshape(b, h, n * size, -1)[:, :, :length]
-
-
-def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible, else so low that the weight is exactly 0: (B, N, C, J) -> (B, 1, N, 1, C, J)."""
-    # Finite, so that a row which sees nothing (padding) has a finite softmax and gradient.
-    low = torch.finfo(dtype).min / 2
-    return torch.zeros((), dtype=dtype, device=visible.device).masked_fill(~visible, low)[:, None, :, None]
+    scores = scores.view(b, g, n, r, size, -1) + bias[:, None, :, None]
+    weights = scores.softmax(-1).view(b * g * n, r * size, -1)
+    y_BGNRCV = (weights @ v_BGNJV.flatten(0, 2)).view(b, g, n, r, size, -1)
+    return y_BGNRCV.transpose(2, 3).reshape(b, h, n * size, -1)[:, :, :length]
