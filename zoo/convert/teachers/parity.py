@@ -1,7 +1,13 @@
-"""Whether an imported model computes what the original computes: the largest difference on random tokens."""
+"""Whether an imported model computes what the original computes: the largest difference on random tokens.
+
+Exact evaluations in float32 differ by rounding. It is about 1e-6 for most models, but 1e-4 where the residual stream
+holds numbers in the ten thousands, as in SmolLM2 (transformers' own attention kernels differ by as much there). So what
+differs by more than the tolerance in float32 is compared again in float64, where only a mistake remains.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,47 +19,50 @@ from zoo.convert.teachers.adapter import TeacherAdapter
 from zoo.errors import ConversionError
 
 TOLERANCE = 1e-4
-# Exact evaluations in float32 differ by rounding, which grows with the numbers: 1e-6 of the largest, if that is more.
-RELATIVE_TOLERANCE = 1e-6
 LENGTH = 32
 
 
-@torch.no_grad()
 def check_parity(ours: Any, original: Any, adapter: TeacherAdapter) -> float:
     """The largest difference of logits (of hidden states, for a bare encoder) on two rows, one of them padded.
 
-    Both models are in float32 on one device. Raises ConversionError above the tolerance, naming the first layer that
-    deviates.
+    Both models are on one device; neither is changed. Raises ConversionError above 1e-4, naming the part of the model
+    that deviates first.
     """
     ids_BL, mask_BL = random_rows(original.config, adapter.padding)
-    device = next(original.parameters()).device
-    inputs = adapter.inputs(ids_BL.to(device), mask_BL.to(device))
-    mine = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    ids_BL, mask_BL = ids_BL.to(original.device), mask_BL.to(original.device)
+    inputs = adapter.inputs(ids_BL, mask_BL)
+    mine = {"input_ids": ids_BL, "attention_mask": mask_BL}
     if ours.config.token_types:
-        types_BL = torch.arange(ids_BL.shape[1], device=device).expand_as(ids_BL) % ours.config.token_types
+        types_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL) % ours.config.token_types
         inputs["token_type_ids"] = mine["token_type_ids"] = types_BL
-    with evaluating(original), evaluating(ours):
-        theirs = original(**inputs, output_hidden_states=True)
-        out = ours(**mine, output_hidden_states=True)
-    real_BL = mask_BL.bool().to(device)
-    field = "logits" if hasattr(theirs, "logits") else "last_hidden_state"
-    a, b = getattr(theirs, field), getattr(out, field)
-    if a.dim() == 3:
-        a, b = a[real_BL], b[real_BL]
-    error = difference(a, b)
-    tolerance = max(TOLERANCE, RELATIVE_TOLERANCE * a.abs().max().item())
-    if not error <= tolerance:
-        where = first_deviation(theirs.hidden_states, out.hidden_states, real_BL)
-        raise ConversionError(
-            f"{type(original).__name__}: imported {field} differ by {error:.2e} (at most {tolerance:.0e} is allowed); "
-            f"the first deviation is in {where}"
-        )
-    return error
+    for dtype in (torch.float32, torch.float64):
+        theirs = outputs(original, inputs, dtype)
+        found = outputs(ours, mine, dtype)
+        error = difference(theirs[-1], found[-1])
+        if error <= TOLERANCE:
+            return error
+    raise ConversionError(
+        f"{type(original).__name__}: the imported model deviates by {error:.1e} (at most {TOLERANCE:.0e} is allowed), "
+        f"first in {first_deviation(theirs, found)}"
+    )
+
+
+@torch.no_grad()
+def outputs(model: Any, inputs: dict[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Hidden states by layer and, last, the result, at real positions, evaluated in a dtype."""
+    if any(p.dtype != dtype for p in model.parameters()):
+        model = copy.deepcopy(model).to(dtype)
+    with evaluating(model):
+        out = model(**inputs, output_hidden_states=True)
+    result = out.logits if hasattr(out, "logits") else out.last_hidden_state
+    real_BL = inputs["attention_mask"].bool()
+    # The last hidden state is that after the final norm; it belongs to the result.
+    return [x[real_BL] if x.dim() == 3 else x for x in (*out.hidden_states[:-1], result)]
 
 
 def random_rows(config: Any, padding: str) -> tuple[Tensor, Tensor]:
     """Token ids (2, L) that hold the padding id nowhere but at padding, and their mask."""
-    L = min(LENGTH, config.max_position_embeddings - 2)
+    L = max(1, min(LENGTH, config.max_position_embeddings - 2))
     pad = getattr(config, "pad_token_id", None)
     generator = torch.Generator().manual_seed(0)
     ids_BL = torch.randint(0, config.vocab_size - (pad is not None), (2, L), generator=generator)
@@ -72,11 +81,10 @@ def difference(a: Tensor, b: Tensor) -> float:
     return (a.double() - b.double()).abs().max().item() if a.shape == b.shape else float("inf")
 
 
-def first_deviation(theirs: Any, ours: Any, real_BL: Tensor) -> str:
-    """The part of the model in which two tuples of hidden states part. The last entry is after the final norm."""
+def first_deviation(theirs: list[Tensor], ours: list[Tensor]) -> str:
+    """The part of the model in which two lists of `outputs` part."""
     for i, (a, b) in enumerate(zip(theirs[:-1], ours[:-1], strict=False)):
-        a, b = a[real_BL], b[real_BL]
-        if not difference(a, b) <= max(TOLERANCE, RELATIVE_TOLERANCE * a.abs().max().item()):
+        if not difference(a, b) <= TOLERANCE:
             return "the embedding" if i == 0 else f"layer {i - 1}"
     return f"layer {len(ours) - 2}, the final norm or the head"
 

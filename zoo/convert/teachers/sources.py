@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from zoo.convert.teachers.adapter import TeacherAdapter, adapter_for
 from zoo.errors import ConversionError, did_you_mean
@@ -108,7 +108,10 @@ def open_source(where: Place, *, task: str | None, tokenizer: Any) -> Opened:
         raw, _ = PreTrainedConfig.get_config_dict(where.root, **where.options)
     adapter = adapter_for(raw.get("model_type"))
     with reading(name):
-        config = AutoConfig.from_pretrained(where.root, **where.options)
+        if "gguf_file" in where.options:  # reading the header takes seconds: once is enough
+            config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        else:
+            config = AutoConfig.from_pretrained(where.root, **where.options)
     revision = getattr(config, "_commit_hash", None)
     adapter.check_options(config)
     encoder = "sentence-embedding" in adapter.architectures_of(config.model_type).values()
@@ -119,7 +122,7 @@ def open_source(where: Place, *, task: str | None, tokenizer: Any) -> Opened:
     architecture = choose_architecture(adapter, config.model_type, config.architectures, task, name)
     with reading(name):
         model, info = adapter.original_class(architecture).from_pretrained(  # type: ignore[attr-defined]
-            where.root, dtype=torch.float32, output_loading_info=True, **where.options
+            where.root, config=config, dtype=torch.float32, output_loading_info=True, **where.options
         )
     missing = sorted(k for k in info["missing_keys"] if not adapter.is_dropped(k) and k not in adapter.copies)
     if missing or info["mismatched_keys"]:
