@@ -73,7 +73,8 @@ class GatedDeltaNet(RecurrentMixer):
     def mix(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         c, state = self.config, inputs.state
         q_BHLK, k_BGLK = spread_groups(c, l2_normalize(q_BHLK), l2_normalize(k_BGLK))
-        beta_BGL = self.b_proj(inputs.x_BLD).transpose(1, 2).sigmoid()
+        beta_BLG = self.b_proj(inputs.x_BLD)
+        beta_BGL = beta_BLG.to(torch.promote_types(beta_BLG.dtype, torch.float32)).sigmoid().transpose(1, 2)
         log_decay_BGL = None
         if c.use_decay:
             step_BLG = softplus32(self.a_proj(inputs.x_BLD), self.dt_bias)

@@ -71,7 +71,7 @@ class LinearAttention(RecurrentMixer):
             else:
                 if inputs.mask_BL is not None:
                     k_BGLK = k_BGLK.masked_fill(~inputs.mask_BL[:, None, :, None], 0)
-                y = (q_BHLK.view(B, G, -1, K) @ (k_BGLK.mT @ value)).view(B, H, L, V + 1)
+                y = (q_BHLK.reshape(B, G, -1, K) @ (k_BGLK.mT @ value)).view(B, H, L, V + 1)
             return (y[..., :V] / y[..., V:].clamp(min=EPS)).to(v_BGLV.dtype)
 
     def reset_parameters(self, std: float) -> None:

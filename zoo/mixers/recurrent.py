@@ -91,8 +91,8 @@ def two_sided(
         segments_BL=None if segments_BL is None else segments_BL.flip(1),
     )
     (B, G, L, K), V = k_BGLK.shape, v_BGLV.shape[-1]
-    own_BGRL1 = (q_BHLK.view(B, G, -1, L, K) * k_BGLK[:, :, None]).sum(-1, keepdim=True)
-    own_BHLV = (own_BGRL1 * v_BGLV[:, :, None]).view(B, -1, L, V)
+    own_BGRL1 = (q_BHLK.reshape(B, G, -1, L, K) * k_BGLK[:, :, None]).sum(-1, keepdim=True)
+    own_BHLV = (own_BGRL1 * v_BGLV[:, :, None]).reshape(B, -1, L, V)
     if mask_BL is not None:
         own_BHLV = own_BHLV.masked_fill(~mask_BL[:, None, :, None], 0)
     return ahead + back.flip(2) - own_BHLV
@@ -118,7 +118,8 @@ def lookback(attention: AttentionWeights, stats: AttentionStats | None, heads: i
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(|x|^2 + eps) over the last dimension."""
+    """x / sqrt(|x|^2 + eps) over the last dimension, in at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 
 

@@ -129,7 +129,10 @@ class WindowedLinear(QKVMixer):
             k_BGLK, v_BGLV, any_BL = self._older(joined, inputs, k_BGLK.shape[2])
             if any_BL is not None:
                 mask_BL = any_BL if inputs.mask_BL is None else any_BL & inputs.mask_BL
-                inputs = replace(inputs, mask_BL=mask_BL.expand(k_BGLK.shape[0], -1))
+                runs_BL = inputs.segments_BL
+                if runs_BL is not None:  # numbered, for a whole sequence may be masked between two that share an id
+                    runs_BL = segment_runs(runs_BL, inputs.mask_BL)
+                inputs = replace(inputs, mask_BL=mask_BL.expand(k_BGLK.shape[0], -1), segments_BL=runs_BL)
         linear_BHLV, left = self.linear.mix(q_BHLK, k_BGLK, v_BGLV, inputs)
         tensors |= {f"linear.{name}": tensor for name, tensor in left.items()}
         return self._blend(window_BHLV, linear_BHLV, any_BL), tensors
