@@ -1,0 +1,126 @@
+"""What a conversion did, layer by layer, in numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+COLUMNS = ("layer", "mixer", "copied", "new", "scan", "error before", "error after", "refit")
+
+
+@dataclass(kw_only=True)
+class LayerReport:
+    """One layer of a student.
+
+    kept: whether it still is the teacher's. copied, new: names of the mixer's parameters that are the teacher's, and
+    of those that attention does not have; with the numbers in them. scan: distance from the teacher when only this
+    layer is converted. error_before, error_after: squared error of the mixer's output, relative to the teacher's, on
+    the student's own inputs, before and after its output projection was refitted. refit: "none", "scale", "plain" or
+    "weighted". tried: the distance with each refit that was tried, layers above being the teacher's.
+    """
+
+    layer: int
+    mixer: str
+    kept: bool
+    copied: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    copied_parameters: int = 0
+    new_parameters: int = 0
+    scan: float | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    refit: str = "none"
+    tried: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class ConversionReport:
+    """What `convert` did.
+
+    measure: what the distances are: "KL, nats/token" for models with a vocabulary. distance, distance_before: of the
+    student from the teacher, and before calibration; on `held_out_tokens` that no refit was fitted to, though it was
+    chosen on them: an estimate for the user, not a score. agreement: share of positions with the teacher's first
+    choice. All None where no tokens were run. data: where the tokens came from.
+    """
+
+    teacher: str
+    family: str
+    task: str
+    mixer: str | None
+    keep: str
+    kept_layers: list[int]
+    layers: list[LayerReport]
+    parameters: int
+    teacher_parameters: int
+    max_logit_error: float | None = None
+    measure: str = ""
+    distance_before: float | None = None
+    distance: float | None = None
+    agreement: float | None = None
+    calibration_reverted: bool = False
+    data: str = "none"
+    tokens: int = 0
+    held_out_tokens: int = 0
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
+
+    def table(self) -> list[dict[str, Any]]:
+        """One dictionary a layer, for tables and JSON."""
+        return [asdict(layer) for layer in self.layers]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types; what is not finite becomes None."""
+        return _finite(asdict(self))
+
+    def to_json(self) -> str:
+        """Everything as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        rows = [COLUMNS, *(self._row(layer) for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([self.summary(), "", *lines])
+
+    def summary(self) -> str:
+        """The whole student in a few lines."""
+        if self.mixer is None:
+            error = "" if self.max_logit_error is None else f", logits within {self.max_logit_error:.1e}"
+            return f"{self.teacher}: imported exactly{error}; {len(self.layers)} layers, {self.parameters:,} parameters"
+        converted = len(self.layers) - len(self.kept_layers)
+        lines = [
+            f"{self.teacher}: {converted} of {len(self.layers)} layers converted to {self.mixer}, keep={self.keep}; "
+            f"{self.parameters:,} parameters (teacher {self.teacher_parameters:,})"
+        ]
+        if self.distance is not None:
+            tokens = f"{self.held_out_tokens:,} held-out tokens of {self.data}"
+            before = ""
+            if self.distance_before is not None and self.distance_before != self.distance:
+                before = f" (before calibration {self.distance_before:.4g})"
+            same = "" if self.agreement is None else f", same first choice {100 * self.agreement:.1f} %"
+            lines.append(f"distance from the teacher: {self.distance:.4g} {self.measure}{before}{same}, on {tokens}")
+        if self.calibration_reverted:
+            lines.append("calibration was undone: the refits together did not bring the student closer")
+        return "\n".join(lines)
+
+    @staticmethod
+    def _row(layer: LayerReport) -> tuple[str, ...]:
+        def number(value: float | None) -> str:
+            return "" if value is None else f"{value:.4g}"
+
+        if layer.kept:
+            return (str(layer.layer), f"{layer.mixer} (kept)", "", "", number(layer.scan), "", "", "")
+        counts = (f"{layer.copied_parameters:,}", f"{layer.new_parameters:,}")
+        errors = (number(layer.error_before), number(layer.error_after))
+        return (str(layer.layer), layer.mixer, *counts, number(layer.scan), *errors, layer.refit)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
