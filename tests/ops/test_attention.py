@@ -57,6 +57,7 @@ def test_padding_changes_nothing_and_leaks_nothing(mask, causal, window, length,
     y = attention(*poisoned(q, k, v, mask_BS), **options)
     torch.testing.assert_close(y, attention_reference(q, k, v, **options))
     assert (y.masked_select(~mask_BS[:, None, 7 - length :, None]) == 0).all()
+    torch.testing.assert_close(attention(q, k, v, finite_padding=True, **options), y)
     for gradient in torch.autograd.grad(y.square().sum(), (q, k, v)):
         assert gradient.isfinite().all()
 

@@ -28,6 +28,7 @@ def attention(
     mask_BS: Tensor | None = None,
     segments_BS: Tensor | None = None,
     window: int | None = None,
+    finite_padding: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Softmax attention; returns y_BHLV in the dtype of `q` (that of autocast where it is on).
@@ -40,6 +41,8 @@ def attention(
     segments_BS: ids of all S positions; contiguous runs of one id are sequences that do not see each other.
     window: only keys closer than `window` tokens (`0 <= i - j < window`, or `|i - j| < window` where not causal).
         The mask is dense here; `window_attention` computes the same in blocks.
+    finite_padding: the caller vouches that what `mask_BS` hides is finite (no NaN, no infinity). It is then hidden
+        without being cleared first, which saves a copy of all keys and values: most of a decoding step.
     backend: "flash_attn" or "sdpa"; by default the first that can.
 
     Raises ConfigError where the shapes do not fit.
@@ -56,6 +59,7 @@ def attention(
         mask_BS=mask_BS,
         segments_BS=segments_BS,
         window=window,
+        finite_padding=finite_padding,
     )
 
 
@@ -78,7 +82,7 @@ def check_heads(q_BHLK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, *, window: int |
             raise ConfigError(f"{name} has shape {tuple(tensor.shape)}, but there are {(b, s)} (batch, key) positions")
 
 
-def _flash_serves(q: Tensor, k: Tensor, v: Tensor, *, causal, scale, mask_BS, segments_BS, window) -> bool:
+def _flash_serves(q: Tensor, k: Tensor, v: Tensor, *, causal, scale, mask_BS, segments_BS, window, **_) -> bool:
     return (
         q.dtype in (torch.float16, torch.bfloat16)
         and q.dtype == k.dtype == v.dtype
@@ -89,7 +93,7 @@ def _flash_serves(q: Tensor, k: Tensor, v: Tensor, *, causal, scale, mask_BS, se
 
 
 @register_backend("attention", "flash_attn", package="flash_attn", needs_gpu=True, usable=_flash_serves)
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal, scale, mask_BS, segments_BS, window) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal, scale, window, **_) -> Tensor:
     """The kernels of the flash-attn package, which keep time before heads. No masks, no segments."""
     from flash_attn import flash_attn_func
 
@@ -106,12 +110,12 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal, scale, mask_BS, 
 
 
 @register_backend("attention", "sdpa")
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal, scale, mask_BS, segments_BS, window) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal, scale, mask_BS, segments_BS, window, finite_padding) -> Tensor:
     b, h, length, _ = q.shape
     g, s = k.shape[1], k.shape[2]
-    if mask_BS is not None:
+    pad_BS11 = None if mask_BS is None else ~mask_BS[:, None, :, None]
+    if pad_BS11 is not None and not finite_padding:
         # Zeros instead of whatever padding holds: a weight of 0 does not silence a NaN.
-        pad_BS11 = ~mask_BS[:, None, :, None]
         q = q.masked_fill(pad_BS11[:, :, s - length :], 0)
         k, v = k.masked_fill(pad_BS11, 0), v.masked_fill(pad_BS11, 0)
     plain_causal = causal and length == s and window is None and mask_BS is None and segments_BS is None
@@ -133,7 +137,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal, scale, mask_BS, segments_B
             scale=scale,
             enable_gqa=h != g,
         )
-    if mask_BS is not None:
+    if pad_BS11 is not None:
         y = y.masked_fill(pad_BS11[:, :, s - length :], 0)
     return y
 
@@ -151,7 +155,7 @@ def visible_keys(
 
     Distances are counted in real tokens. A padded query is shown everything, so that its softmax is finite.
     """
-    visible = None
+    visible: Tensor | None = None
     if mask_BS is not None:
         visible = mask_BS[:, None, :].expand(-1, length, -1)
     if (causal and length > 1) or window is not None:
@@ -167,6 +171,6 @@ def visible_keys(
         runs_BS = segment_runs(segments_BS, mask_BS)
         same = runs_BS[:, s - length :, None] == runs_BS[:, None, :]
         visible = same if visible is None else visible & same
-    if mask_BS is not None:
+    if mask_BS is not None and visible is not None:
         visible = visible | ~mask_BS[:, s - length :, None]
     return visible

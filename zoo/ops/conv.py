@@ -161,8 +161,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, runs: Tensor | Non
     if runs is None:
         return _Convolution.apply(x, weight, bias)
     carried = weight.shape[1] - 1
+    if not carried:
+        return _Convolution.apply(x, weight, bias)
     length = x.shape[1] - carried
-    same = torch.stack([runs[:, i : i + length] == runs[:, carried:] for i in range(carried)], 0) if carried else None
+    same = torch.stack([runs[:, i : i + length] == runs[:, carried:] for i in range(carried)])
     return _PackedConvolution.apply(x, weight, bias, same)
 
 
@@ -216,7 +218,7 @@ class _PackedConvolution(torch.autograd.Function):
     """The convolution of packed sequences: tap i counts where `same[i]` (K - 1, B, L) says that it stays in its own."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, same: Tensor | None) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, same: Tensor) -> Tensor:
         taps, length = weight.shape[1], x.shape[1] - weight.shape[1] + 1
         # Sums of a few terms in bfloat16 would round each of them.
         weight = weight.to(torch.promote_types(x.dtype, torch.float32))

@@ -117,7 +117,7 @@ class LongRopeScaling(_Strict):
 Scaling = Annotated[
     LinearScaling | DynamicScaling | YarnScaling | Llama3Scaling | LongRopeScaling, Field(discriminator="rope_type")
 ]
-_SCALINGS = {
+_SCALINGS: dict[str, type[_Strict]] = {
     "linear": LinearScaling,
     "dynamic": DynamicScaling,
     "yarn": YarnScaling,
@@ -157,7 +157,7 @@ class RotaryConfig(_Strict):
         theta = float(parameters.pop("rope_theta", None) or getattr(config, "rope_theta", None) or 10000.0)
         part = parameters.pop("partial_rotary_factor", None) or getattr(config, "partial_rotary_factor", None) or 1.0
         dim = int(head_dim * part)
-        scaling = None
+        scaling: Any = None
         if rope_type != "default":
             if rope_type not in _SCALINGS:
                 raise ConfigError(f"unknown rope_type {rope_type!r}{did_you_mean(rope_type, [*_SCALINGS, 'default'])}")

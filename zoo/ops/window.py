@@ -119,7 +119,7 @@ def _flash_serves(q: Tensor, k: Tensor, v: Tensor, *, sinks, sink_kv, mask_BS, s
 
 @register_backend("window_attention", "flash_attn", package="flash_attn", needs_gpu=True, usable=_flash_serves)
 def _flash(q: Tensor, k: Tensor, v: Tensor, *, window: int, causal: bool, scale: float, **_) -> Tensor:
-    return flash_attention(q, k, v, causal=causal, scale=scale, mask_BS=None, segments_BS=None, window=window)
+    return flash_attention(q, k, v, causal=causal, scale=scale, window=window)
 
 
 @register_backend("window_attention", "blocks")
@@ -130,6 +130,9 @@ def _blocks(q, k, v, *, mask_BS, segments_BS, globals_BS, positions_BL, **option
         return attention(
             q, k, v, causal=options["causal"], scale=options["scale"], mask_BS=mask_BS, segments_BS=segments_BS
         )
+    plain = mask_BS is None and segments_BS is None and globals_BS is None
+    if length == 1 and plain and options["causal"]:
+        return _step(q, k, v, positions_BL=positions_BL, **options)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -156,6 +159,32 @@ def _blocks(q, k, v, *, mask_BS, segments_BS, globals_BS, positions_BL, **option
         return take(y, invert(q_order_BL), 2).masked_fill(q_pad_BL11, 0)
 
 
+def _step(q, k, v, *, window, sinks, sink_kv, positions_BL, causal, scale, max_globals) -> Tensor:
+    """One query of rows without padding: its keys beside each other, and hardly an operation more."""
+    s = k.shape[2]
+    near_k, near_v = k[:, :, max(s - window, 0) :], v[:, :, max(s - window, 0) :]
+    visible = None
+    if sink_kv is None:
+        sinks = min(sinks, s - near_k.shape[2])
+        first_k, first_v = k[:, :, :sinks], v[:, :, :sinks]
+    else:
+        first_k, first_v = sink_kv
+        sinks = first_k.shape[2]
+        if positions_BL is None:
+            sinks = min(sinks, s - near_k.shape[2])
+            first_k, first_v = first_k[:, :, :sinks], first_v[:, :, :sinks]
+        else:
+            far = positions_BL - torch.arange(sinks, device=q.device) >= window
+            visible = F.pad(far, (0, near_k.shape[2]), value=True).expand(q.shape[0], -1)
+    if sinks:
+        near_k = torch.cat([first_k.to(near_k.dtype), near_k], 2)
+        near_v = torch.cat([first_v.to(near_v.dtype), near_v], 2)
+    b, h, g = q.shape[0], q.shape[1], k.shape[1]
+    visible = None if visible is None else visible[:, None, None]
+    y = F.scaled_dot_product_attention(q.reshape(b, g, h // g, -1), near_k, near_v, attn_mask=visible, scale=scale)
+    return y.reshape(b, h, 1, -1)
+
+
 class _Row(NamedTuple):
     """What is known of the rows once padding stands first in each, so that index distance is token distance."""
 
@@ -169,19 +198,19 @@ class _Row(NamedTuple):
     runs_BS: Tensor | None  # the number of the packed sequence of each position
     globals_BS: Tensor | None
 
-    def count(self) -> int:
+    def blocks(self) -> int:
         """N, the number of blocks."""
         return -(-self.length // self.size)
 
     def index_NC(self) -> Tensor:
         """Index of each query among the keys. The last block may go on behind the end; its rows are cut off."""
         first = self.k.shape[2] - self.length
-        places = torch.arange(first, first + self.count() * self.size, device=self.k.device)
+        places = torch.arange(first, first + self.blocks() * self.size, device=self.k.device)
         return places.view(-1, self.size)
 
     def by_block(self, x_BL: Tensor) -> Tensor:
         """(B, L) -> (B, N, C)."""
-        return F.pad(x_BL, (0, self.count() * self.size - self.length)).unflatten(1, (-1, self.size))
+        return F.pad(x_BL, (0, self.blocks() * self.size - self.length)).unflatten(1, (-1, self.size))
 
     def far(self, distance: Tensor) -> Tensor:
         """Out of the window, and not in the future where that is hidden."""
@@ -237,7 +266,7 @@ def _block_geometry(length: int, s: int, window: int, causal: bool, packed: bool
 
 def _window_keys(row: _Row, before: int, after: int) -> tuple[Tensor, Tensor, Tensor]:
     """k_BGNJK, v_BGNJV and who sees them, (B or 1, N, C, J)."""
-    s, n, size, device = row.k.shape[2], row.count(), row.size, row.k.device
+    s, n, size, device = row.k.shape[2], row.blocks(), row.size, row.k.device
     first = s - row.length - before  # the index in k of the first key of block 0
     span = before + size + after
     ends = (-first, first + (n - 1) * size + span - s)  # zeros to add, or keys to drop, at both ends
@@ -297,6 +326,7 @@ def _given_sinks(row: _Row, sink_kv: tuple[Tensor, Tensor], positions_BL: Tensor
 
 def _first_run(row: _Row) -> Tensor:
     """The number of the sequence that each row begins with, (B, 1)."""
+    assert row.runs_BS is not None
     return row.runs_BS[:, :1] if row.pads_B is None else row.at(row.runs_BS, row.pads_B[:, None])
 
 
@@ -306,6 +336,7 @@ def _segment_sinks(row: _Row, sinks: int, first_given: bool) -> _Extra:
     No other sequence needs sinks there: one that begins inside the block is at most size - 1 <= window long at its
     end, so that all of it is in reach.
     """
+    assert row.runs_BS is not None
     s, device = row.k.shape[2], row.k.device
     index_S, index_NC = torch.arange(s, device=device), row.index_NC()
     begins_BS = F.pad(row.runs_BS[:, 1:] != row.runs_BS[:, :-1], (1, 0), value=True)
@@ -324,7 +355,7 @@ def _segment_sinks(row: _Row, sinks: int, first_given: bool) -> _Extra:
         usable_BNE = usable_BNE & (mine_BNC[..., :1] != _first_run(row)[..., None])
     visible = row.far(index_NC[..., None] - index_BNE[:, :, None]) & usable_BNE[:, :, None]
     visible = visible & (row.at(row.runs_BS, index_BNE)[:, :, None] == mine_BNC[..., None])
-    shape = (row.count(), sinks)
+    shape = (row.blocks(), sinks)
     return _Extra(take(row.k, inside, 2).unflatten(2, shape), take(row.v, inside, 2).unflatten(2, shape), visible)
 
 
@@ -338,18 +369,20 @@ def _bounded_globals(globals_BS: Tensor, most: int | None) -> tuple[Tensor, Tens
 
 
 def _global_keys(row: _Row, index_BM: Tensor) -> _Extra:
+    assert row.globals_BS is not None
     visible = row.globals_BS.gather(1, index_BM)[:, None, None]
     if row.causal:
         visible = visible & (index_BM[:, None, None] <= row.index_NC()[..., None])
     if row.runs_BS is not None:
         mine_BNC = row.by_block(row.runs_BS[:, -row.length :])
         visible = visible & (row.runs_BS.gather(1, index_BM)[:, None, None] == mine_BNC[..., None])
-    visible = visible.expand(-1, row.count(), row.size, -1)
+    visible = visible.expand(-1, row.blocks(), row.size, -1)
     return _Extra(take(row.k, index_BM, 2)[:, :, None], take(row.v, index_BM, 2)[:, :, None], visible)
 
 
 def _answer_globals(y: Tensor, q: Tensor, row: _Row, index_BM: Tensor, scale: float) -> Tensor:
     """Replace the outputs of queries at global tokens by attention over all keys."""
+    assert row.globals_BS is not None
     s, old = row.k.shape[2], row.k.shape[2] - row.length
     is_query_BM = row.globals_BS.gather(1, index_BM) & (index_BM >= old)
     keys_S = torch.arange(s, device=q.device)
