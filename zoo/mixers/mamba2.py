@@ -143,9 +143,9 @@ class GroupNorm(nn.Module):
 
     def forward(self, x_BLE: Tensor) -> Tensor:
         if self.groups == 1:
-            return F.rms_norm(x_BLE, self.weight.shape, self.weight, self.eps)
+            return F.rms_norm(x_BLE, self.weight.shape, self.weight.to(x_BLE.dtype), self.eps)
         x = x_BLE.unflatten(-1, (self.groups, -1))
-        return F.rms_norm(x, x.shape[-1:], None, self.eps).flatten(-2) * self.weight
+        return F.rms_norm(x, x.shape[-1:], None, self.eps).flatten(-2) * self.weight.to(x.dtype)
 
     def reset_parameters(self, std: float) -> None:
         """Weights of one."""

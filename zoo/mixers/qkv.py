@@ -106,12 +106,12 @@ class QKVMixer(SequenceMixer):
             if c.conv:
                 setattr(self, f"{name}_conv", ShortConv(size, c.conv, c.conv_bias))
         if c.qk_norm:
-            self.q_norm = nn.RMSNorm(c.head_dim, eps=c.qk_norm_eps)
-            self.k_norm = nn.RMSNorm(c.head_dim, eps=c.qk_norm_eps)
+            self.q_norm = HeadNorm(c.head_dim, eps=c.qk_norm_eps)
+            self.k_norm = HeadNorm(c.head_dim, eps=c.qk_norm_eps)
         if c.gate:
             self.g_proj = nn.Linear(width, c.num_heads * c.value_dim, bias=c.gate_bias)
         if c.head_norm:
-            self.head_norm = nn.RMSNorm(c.value_dim, eps=c.head_norm_eps, elementwise_affine=c.head_norm_affine)
+            self.head_norm = HeadNorm(c.value_dim, eps=c.head_norm_eps, elementwise_affine=c.head_norm_affine)
         self.o_proj = nn.Linear(c.num_heads * c.value_dim, width, bias=c.out_bias)
 
     @staticmethod
@@ -294,6 +294,14 @@ def output_rms(attention: AttentionWeights, stats: AttentionStats | None) -> Ten
         return stats.out_rms_H
     rows_GV = attention.v_GVD.float().square().sum(-1).view(attention.num_kv_heads, -1)
     return 0.5 * rows_GV.mean(-1).sqrt().repeat_interleave(attention.num_heads // attention.num_kv_heads)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of its input, so that autocast keeps the fused kernel and bfloat16 stays bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class ShortConv(nn.Module):
