@@ -65,7 +65,7 @@ class Times:
     """Seconds by length: of all prefill pieces up to it, and of single decoding steps there; wall and CPU."""
 
     prefilled: int = 0
-    prefill: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    prefill: tuple[float, float] = (0.0, 0.0)
     prefill_at: dict[int, tuple[int, float, float]] = field(default_factory=dict)
     steps_at: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
 
@@ -77,6 +77,16 @@ class Times:
         """Tokens a second (or a CPU-second) of writing after each length, from the median step."""
         return {length: 1 / max(self.median_step(length, cpu), 1e-9) for length in self.steps_at}
 
+    def decode_speedup(self, other: Times) -> dict[int, float]:
+        """How many times as fast as `other` a step is: the median over pairs of steps taken one after the other."""
+        return {
+            length: statistics.median(
+                b[0] / max(a[0], 1e-9) for a, b in zip(steps, other.steps_at[length], strict=True)
+            )
+            for length, steps in self.steps_at.items()
+            if length in other.steps_at
+        }
+
     def median_step(self, length: int, cpu: bool = False) -> float:
         """Median seconds of one decoding step."""
         return statistics.median(step[cpu] for step in self.steps_at[length])
@@ -86,7 +96,7 @@ def measure_speed(
     models: Mapping[str, Any],
     lengths: tuple[int, ...] = (512, 2048, 8192),
     *,
-    steps: int = 16,
+    steps: int = 32,
     piece: int = 512,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -157,7 +167,7 @@ class _Run:
     def prefill(self, ids_1L: Tensor) -> None:
         """Take in tokens and add up the time."""
         wall, cpu = self.read(ids_1L)
-        self.times.prefill = [self.times.prefill[0] + wall, self.times.prefill[1] + cpu]
+        self.times.prefill = (self.times.prefill[0] + wall, self.times.prefill[1] + cpu)
         self.times.prefilled += ids_1L.shape[1]
 
 

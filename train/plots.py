@@ -39,7 +39,8 @@ def position_plot(score: Mapping[str, Any], path: str | Path) -> Path:
     _lines(axes[0], score, "perplexity_by_position")
     _lines(axes[1], score, "kl_by_position", skip=("teacher",))
     axes[0].set(title="How well it predicts", ylabel="perplexity")
-    axes[1].set(title="How far it is from the teacher", ylabel="KL(teacher || model), nats per token", ylim=(0, None))
+    axes[1].set(title="How far it is from the teacher", ylabel="KL(teacher || model), nats per token")
+    axes[1].set_ylim(0, None if axes[1].dataLim.y1 <= 0 else 1.08 * axes[1].dataLim.y1)
     for axis in axes:
         axis.set_xlabel("position in the text, tokens")
         axis.tick_params(axis="x", labelrotation=30)
@@ -52,7 +53,9 @@ def length_plot(score: Mapping[str, Any], path: str | Path) -> Path:
     _lines(axes[0], score, "state_bytes", scale=1 / 2**20)
     _lines(axes[1], score, "decode_tokens_per_s")
     axes[0].set(title="What one sequence occupies", ylabel="state, MiB", yscale="log")
-    axes[1].set(title="How fast it writes", ylabel="decoding, tokens/s", ylim=(0, None))
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[1].set(title="How fast it writes", ylabel="decoding, tokens/s")
+    axes[1].set_ylim(0, None if axes[1].dataLim.y1 <= 0 else 1.08 * axes[1].dataLim.y1)
     for axis in axes:
         axis.set_xlabel("tokens read before")
     return _save(figure, axes, path)

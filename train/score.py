@@ -29,8 +29,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROW_KEYS = (
     "name", "role", "perplexity", "kl", "kl_standard_error", "top1", "cosine", "greedy_agreement",
     "perplexity_by_position", "kl_by_position", "passkey", "passkey_choice", "mqar", "branches", "state_bytes",
-    "decode_tokens_per_s", "decode_tokens_per_cpu_s", "prefill_tokens_per_s", "prefill_tokens_per_cpu_s",
-    "parameters", "mixers", "train_tokens", "train_cpu_seconds",
+    "decode_tokens_per_s", "decode_tokens_per_cpu_s", "decode_speedup",
+    "prefill_tokens_per_s", "prefill_tokens_per_cpu_s", "parameters", "mixers", "train_tokens", "train_cpu_seconds",
 )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ class Score:
         return _finite(asdict(self))
 
     def table(self, console: Any = None) -> None:
-        """Print quality and cost of every row."""
+        """Print quality, recall and cost, a column a model."""
         from rich.console import Console
         from rich.table import Table
 
@@ -65,7 +65,7 @@ class Score:
         for title, header, lines in tables(self.to_json()):
             table = Table(title=title, title_justify="left")
             for i, name in enumerate(header):
-                table.add_column(name, justify="right" if i else "left", overflow="fold")
+                table.add_column(name, justify="right" if i else "left")
             for line in lines:
                 table.add_row(*line)
             console.print(table)
@@ -135,8 +135,8 @@ class _Plan:
             values["tokens"] = min(values["tokens"], 4 * values["length"])
             values["scales"] = tuple(s for s in values["scales"] if s <= 2)
             values["examples"] = min(values["examples"], 2)
-        rest = {"prompts": 4 if quick else 16, "branch_tokens": 2048 if quick else 8192}
-        return cls(lengths=tuple(lengths), speed_lengths=fast, **rest, **values)
+        values |= {"prompts": 4 if quick else 16, "branch_tokens": 2048 if quick else 8192}
+        return cls(lengths=tuple(lengths), speed_lengths=fast, **values)
 
 
 def score(
@@ -270,7 +270,7 @@ class _Measuring:
                 self.speed()
         device = self.teacher.device
         return Score(
-            [self.rows[role] for role in ROLES if role in self.rows],
+            [_finite(self.rows[role]) for role in ROLES if role in self.rows],
             versions=versions(), machine=machine(device, self.dtype), notes=self.notes,
         )  # fmt: skip
 
@@ -366,15 +366,18 @@ class _Measuring:
         """Prefill and decoding speed; the untrained student computes what the student does and is not timed."""
         timed = {role: model for role, model in self.models.items() if role != "untrained"}
         advance = self.step("speed", max(self.plan.speed_lengths) * len(timed))
-        for role, times in measure_speed(
+        all_times = measure_speed(
             timed, self.plan.speed_lengths, dtype=self.dtype, on_tokens=advance, seed=self.plan.seed
-        ).items():
+        )
+        for role, times in all_times.items():
             self.rows[role] |= {
                 "decode_tokens_per_s": times.decode_tokens_per_s(),
                 "decode_tokens_per_cpu_s": times.decode_tokens_per_s(cpu=True),
                 "prefill_tokens_per_s": times.prefill_tokens_per_s(),
                 "prefill_tokens_per_cpu_s": times.prefill_tokens_per_s(cpu=True),
             }
+            if role != "teacher":
+                self.rows[role]["decode_speedup"] = times.decode_speedup(all_times["teacher"])
 
 
 def _spent(info: Mapping[str, Any] | None, role: str) -> dict[str, Any]:
@@ -400,5 +403,4 @@ def model_name(model: Any, role: str) -> str:
     source = (model.config.origin or {}).get("source")
     if role == "teacher" and source:
         return Path(str(source)).name or str(source)
-    mixers = " + ".join(f"{count} {name}" for name, count in count_mixers(model).items())
-    return f"{role.replace('_', ' ')}: {mixers}" if role == "untrained" else mixers
+    return " + ".join(f"{count} {name}" for name, count in count_mixers(model).items())

@@ -203,8 +203,8 @@ def passkey_parts(tokenizer: Any, vocab_size: int, generator: torch.Generator) -
         if number not in same:
             same.append(number)
         if len(same) == CANDIDATES:
-            phrases = (ids(text) for text in (FILLER, BEFORE, AFTER, QUESTION))
-            return PasskeyParts(bos + ids(INTRODUCTION), *phrases, torch.tensor(same))
+            introduction, numbers = bos + ids(INTRODUCTION), torch.tensor(same)
+            return PasskeyParts(introduction, ids(FILLER), ids(BEFORE), ids(AFTER), ids(QUESTION), numbers)
     raise DataError("this tokenizer does not tell numbers apart, so no passkey can be asked for")
 
 

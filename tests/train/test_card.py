@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from zoo.errors import DataError
-from zoo.train.card import ABSENT, markdown_table, tables, write_card
+from zoo.train.card import ABSENT, NONE, markdown_table, tables, write_card
 from zoo.train.score import Score
 
 
@@ -73,7 +73,9 @@ def test_a_card_is_filled_from_what_was_measured(tmp_path):
         "0.062 nats",
         "86.1 %",
         "After 8192 tokens its state has 0.12x the bytes",
-        "| the student | student | 29.50 | 0.0625 ± 0.0020 | 86.1 % |",
+        "| perplexity | 29.01 | 29.50 |",
+        "| KL to the teacher, nats | 0.0000 | 0.0625 ± 0.0020 |",
+        "| passkey, 512 | not measured | 50.0 % |",
         "1.00 MiB",
         "134.5 M",
         "| align | 10000 | 90.12 |  |",
@@ -87,7 +89,7 @@ def test_a_card_is_filled_from_what_was_measured(tmp_path):
         "not compared with a sliding window",
     ):
         assert part in body, part
-    for part in ("by_position.png", "decode at", "MQAR", "Recall over long distances", "writes"):
+    for part in ("by_position.png", "decoding at", "MQAR", "Recall over long distances", "writes"):
         assert part not in body, part
     for leftover in ("$", "None", "nan", "{", "}"):
         assert leftover not in text
@@ -124,19 +126,18 @@ def test_a_score_object_and_a_file_give_the_same_card(tmp_path):
 
 def test_tables_leave_out_what_nobody_measured():
     made = {title.split(" ")[0]: (header, lines) for title, header, lines in tables(SCORE)}
+    assert set(made) == {"Quality", "Recall", "Cost"}
     header, lines = made["Cost"]
-    assert header == [
-        "model",
-        "role",
-        "state at 512",
-        "state at 8192",
-        "parameters",
-        "trained on (tokens)",
-        "CPU-seconds",
+    assert header == ["", "teacher", "student"]
+    assert lines == [
+        ["state at 512", "2.00 MiB", "1.00 MiB"],
+        ["state at 8192", "32.00 MiB", "4.00 MiB"],
+        ["parameters", "134.5 M", ABSENT],
+        ["distilled on, tokens", NONE, "30.7 k"],
+        ["distilled for, CPU-seconds", NONE, "300"],
     ]
-    assert lines[0][-1] == ABSENT
-    assert lines[1][-1] == "300"
-    assert made["Recall"][1] == [["the teacher", "teacher", ABSENT], ["the student", "student", "50.0 %"]]
+    fast = [row("teacher", decode_tokens_per_s={"8": 10.0}), row("student", decode_tokens_per_s={"8": 15.0})]
+    assert tables({"rows": fast})[0][2] == [["decoding at 8, tokens/s", "10.0", "15.0 (1.50x)"]]
     assert tables({"rows": [row("student")]}) == []
 
 

@@ -196,6 +196,12 @@ def test_speed_is_measured_at_each_length_a_model_takes(teacher):
     # warm-up, two pieces, seven steps, then what is missing to 80 in pieces, seven steps: nothing is read twice
     assert calls == [16, 1, 16, 16, *[1] * 7, 16, 16, 9, *[1] * 7]
     assert times["a"].prefill_at[80][0] == 73
+    times["a"].steps_at, times["b"].steps_at = (
+        {32: [(2.0, 1), (4.0, 1), (6.0, 1)]},
+        {32: [(1.0, 1), (1.0, 1), (6.0, 1)]},
+    )
+    assert times["b"].decode_speedup(times["a"]) == {32: 2.0}
+    assert times["a"].decode_tokens_per_s() == {32: 0.25}
 
 
 def test_a_branch_that_is_switched_off_is_switched_on_again(teacher, rows_NL):
@@ -264,7 +270,8 @@ def test_a_score_is_json_of_the_agreed_shape(full):
     assert by_role["teacher"]["branches"] is None
     assert set(by_role["student"]["branches"]) == {"tokens", "both_on", "linear_off", "window_off"}
     assert by_role["untrained"]["decode_tokens_per_s"] is None  # not timed, so not claimed
-    assert set(by_role["student"]["decode_tokens_per_s"]) == {"32", "64"}
+    for key in ("decode_tokens_per_s", "decode_speedup", "prefill_tokens_per_cpu_s"):
+        assert set(by_role["student"][key]) == {"32", "64"}
     assert (by_role["student"]["train_tokens"], by_role["student"]["train_cpu_seconds"]) == (1000, 2.5)
     assert by_role["window_baseline"]["train_tokens"] is None
     assert by_role["student"]["parameters"] == by_role["untrained"]["parameters"] > 0
@@ -296,7 +303,7 @@ def test_the_table_and_the_pictures(full):
     console = Console(file=StringIO(), width=200)
     result.table(console)
     text = console.file.getvalue()
-    for word in ("perplexity", "window baseline", "linear off", "decode at 64", f"{result.row('student')['kl']:.4f}"):
+    for word in ("perplexity", "window baseline", "linear off", "decoding at 64", f"{result.row('student')['kl']:.4f}"):
         assert word in text
     pytest.importorskip("matplotlib")
     for name in ("by_position.png", "by_length.png"):
