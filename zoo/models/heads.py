@@ -101,7 +101,7 @@ class ZooForMaskedLM(ZooPreTrainedModel):
         **kwargs: Any,
     ) -> MaskedLMOutput:
         """Logits (B, L, vocab); a loss where `labels` (B, L, -100 where not counted) are given."""
-        out = self.model(input_ids, attention_mask, use_cache=False, **kwargs)
+        out = self.model(input_ids, attention_mask, **{**kwargs, "use_cache": False})
         x_BLD = out.last_hidden_state
         logits = self.lm_head(x_BLD if self.transform is None else self.transform(x_BLD))
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
@@ -142,7 +142,7 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """Logits (B, num_labels); a loss where `labels` (B,) are given: squared error for one, else cross-entropy."""
-        out = self.model(input_ids, attention_mask, use_cache=False, **kwargs)
+        out = self.model(input_ids, attention_mask, **{**kwargs, "use_cache": False})
         pooled = pool(out.last_hidden_state, attention_mask, self.config.pooling)
         if self.pooler is not None:
             pooled = torch.tanh(self.pooler(pooled))
@@ -171,7 +171,7 @@ class ZooForSentenceEmbedding(ZooPreTrainedModel):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """`pooler_output` (B, D): the sentence embeddings, of length one unless `normalize_embeddings` is off."""
-        out = self.model(input_ids, attention_mask, use_cache=False, **kwargs)
+        out = self.model(input_ids, attention_mask, **{**kwargs, "use_cache": False})
         pooled = pool(out.last_hidden_state, attention_mask, self.config.pooling)
         if self.config.normalize_embeddings:
             pooled = F.normalize(pooled, dim=-1)
