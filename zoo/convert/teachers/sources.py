@@ -169,9 +169,20 @@ def find_tokenizer(where: Place, vocab_size: int, given: Any = None) -> Any:
         there = "gguf_file" in where.options or any((where.folder / file).is_file() for file in _TOKENIZER_FILES)
     if not there:
         return None
-    with reading(f"{where.name}: tokenizer"):
-        found = AutoTokenizer.from_pretrained(where.root, **where.options)
+    try:
+        with reading(f"{where.name}: tokenizer"):
+            found = AutoTokenizer.from_pretrained(where.root, **where.options)
+    except ConversionError:
+        if where.folder is not None and "gguf_file" in where.options and not _gguf_has_tokenizer(where):
+            return None
+        raise
     return check_tokenizer(found, vocab_size)
+
+
+def _gguf_has_tokenizer(where: Place) -> bool:
+    from gguf import GGUFReader
+
+    return "tokenizer.ggml.model" in GGUFReader(f"{where.root}/{where.options['gguf_file']}").fields
 
 
 def given_tokenizer(given: Any, vocab_size: int) -> Any:
@@ -183,8 +194,14 @@ def given_tokenizer(given: Any, vocab_size: int) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
-    """The tokenizer itself. Raises ConversionError where it gives ids that the model has no embedding for."""
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    """The tokenizer itself. Raises ConversionError where its text can get ids that the model has no embedding for.
+
+    Added tokens (of padding, often) may lie beyond, as long as plain text does not get them.
+    """
+    added = tokenizer.get_added_vocab()
+    ids = {token: i for token, i in tokenizer.get_vocab().items() if token not in added}
+    ids |= {tokenizer.convert_ids_to_tokens(i): i for i in tokenizer("a").input_ids}
+    token, largest = max(ids.items(), key=lambda item: item[1], default=("", -1))
     if largest >= vocab_size:
         raise ConversionError(
             f"the tokenizer does not fit: token {token!r} has id {largest}, but the model's vocabulary is {vocab_size}"
