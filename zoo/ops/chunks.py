@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from zoo.errors import ConfigError
 
@@ -208,17 +209,24 @@ def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return x
 
 
-def log_decay_grad(change_BGnCX: Tensor, before: Tensor, last: Tensor, after: Tensor) -> Tensor:
-    """d log a_t: what the steps from t to the chunk's end change (q dq - k dk), and what lies behind the chunk.
+def pair_balance(dscores_QC: Tensor, scores_QC: Tensor) -> Tensor:
+    """What the products of pairs of steps say about log decays, (..., C, 1): row sums less column sums of the
+    gradient of the (undecayed) scores times the decayed scores. Summed from t on, pairs within cancel exactly."""
+    C = scores_QC.shape[-1]
+    weight_CC = rows(dscores_QC * scores_QC, C).sum(-2).tril_(-1)
+    return (weight_CC.sum(-1) - weight_CC.sum(-2))[..., None]
 
-    All that lies behind a chunk sees it through the state at its end, so that part is the product of this state with
-    its gradient; sums never run over more than one chunk, which keeps rounding errors small.
+
+def log_decay_grad(since: Tensor, until: Tensor, through: Tensor) -> Tensor:
+    """d log a_t, (..., C, X): log a_t matters to all that is read from t on of what was written before t.
+
+    `since` (C, X) is summed over the steps from t on (reads of older state and the balance of pairs), `until` over the
+    steps before t (what they write for later chunks); `through` (1, X) is what passes the chunk unread. No term is
+    the difference of large sums, so a decay that forgets everything has the gradient 0, also in low precision.
     """
-    C, X = change_BGnCX.shape[-2:]
-    inside = torch.ones(C, C, dtype=change_BGnCX.dtype, device=change_BGnCX.device).triu_() @ change_BGnCX
-    behind_BGnK = (torch.cat([before[:, :, 1:], last[:, :, None]], dim=2) * after).sum(-1)
-    behind_BGnK = behind_BGnK if X > 1 else behind_BGnK.sum(-1, keepdim=True)
-    return inside.add_(behind_BGnK.unsqueeze(3))
+    C = since.shape[-2]
+    ones = torch.ones(C, C, dtype=since.dtype, device=since.device)
+    return (ones.triu() @ since).add_(ones.tril(-1) @ until).add_(through)
 
 
 class Span(NamedTuple):
@@ -239,6 +247,8 @@ class Span(NamedTuple):
 class Rule:
     """One recurrence, span by span. Implementations hold no data and are known by name."""
 
+    low_precision = True  # whether products may be computed in bfloat16 where the inputs are
+
     def prepare(self, gates: tuple[Tensor, ...], L: int, C: int) -> tuple[Tensor, ...]:
         """What all spans share."""
         return ()
@@ -247,9 +257,9 @@ class Rule:
         """The outputs (B, G, n, C*R, V), what the backward needs, and the state behind the span."""
         raise NotImplementedError
 
-    def backward(self, span: Span, saved: tuple[Tensor, ...], last: Tensor, dy: Tensor, dlast: Tensor, gate_grads):
+    def backward(self, span: Span, saved: tuple[Tensor, ...], dy: Tensor, dlast: Tensor, gate_grads):
         """Gradients of q, k, v, of the gates (a list, step by step; None where `gate_grads` does not ask) and of the
-        state before the span. `last` is the state behind the span and `dlast` its gradient.
+        state before the span; `dlast` is that of the state behind it.
         """
         raise NotImplementedError
 
@@ -267,71 +277,78 @@ class ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, name: str, C: int, scale: float, eps: float | None, q, k, v, initial, *gates):
-        rule, R = RULES[name], q.shape[1] // k.shape[1]
-        (B, G, L, K), V = k.shape, v.shape[-1]
-        dtype = sum_dtype(q, k, v)
-        y = v.new_empty(B, L, G * R, V).transpose(1, 2)
+        rule, low, dtype = RULES[name], product_dtype(RULES[name], q, k, v), sum_dtype(q, k, v)
+        (B, G, L, K), V, H = k.shape, v.shape[-1], q.shape[1]
+        y = v.new_empty(B, L, H, V).transpose(1, 2)
         state = k.new_zeros(B, G, K, V + (eps is not None), dtype=dtype) if initial is None else initial
         keep, kept, weights = any(ctx.needs_input_grad), [], []
         shared = rule.prepare(gates, L, C)
         for start, stop in spans(k, C):
-            span = _cut(q, k, v, gates, shared, start, stop, C, R, eps)
+            span = _cut(q, k, v, gates, shared, start, stop, C, eps, low)
             part, saved, state = rule.forward(span, state)
             if eps is not None:
                 weights.append(part[..., V:])
                 part = part[..., :V] / weights[-1].clamp(min=eps)
             elif scale != 1.0:
                 part = part.mul_(scale)
-            y[:, :, start:stop] = queries_from_chunks(part, R, stop - start)
-            kept += [*saved, state] if keep else []
+            y[:, :, start:stop] = queries_from_chunks(part, H // G, stop - start)
+            kept += saved if keep else []
         if keep:
-            ctx.save_for_backward(q, k, v, *gates, *kept, *weights, *([y] if eps is not None else []))
+            ctx.save_for_backward(q, k, v, *gates, *kept, *([y, *weights] if eps is not None else []))
         ctx.options, ctx.has_initial, ctx.gates = (name, C, scale, eps), initial is not None, len(gates)
         return y, state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dlast):
         name, C, scale, eps = ctx.options
         q, k, v, *rest = ctx.saved_tensors
-        gates, rest = rest[: ctx.gates], rest[ctx.gates :]
-        R, V, dtype = q.shape[1] // k.shape[1], v.shape[-1], sum_dtype(q, k, v)
-        cuts = spans(k, C)
-        y = rest.pop() if eps is not None else None
-        weights = [rest.pop() for _ in cuts] if eps is not None else None  # the last span's first
-        step = len(rest) // len(cuts)
-        dstate = torch.zeros_like(rest[-1]) if dlast is None else dlast
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        gates, rest, cuts = rest[: ctx.gates], rest[ctx.gates :], spans(k, C)
+        y, weights = None, []
+        if eps is not None:
+            rest, (y, *weights) = rest[: -1 - len(cuts)], rest[-1 - len(cuts) :]
+        rule, low, dtype = RULES[name], product_dtype(RULES[name], q, k, v), sum_dtype(q, k, v)
+        (B, G, L, K), V, R = k.shape, v.shape[-1], q.shape[1] // k.shape[1]
+        dstate = k.new_zeros(B, G, K, V + (eps is not None), dtype=dtype) if dlast is None else dlast
         asked = ctx.needs_input_grad[8:]
-        dgates = [torch.zeros_like(g) if ask else None for g, ask in zip(gates, asked, strict=True)]
-        shared = RULES[name].prepare(gates, k.shape[2], C)
-        for i in range(len(cuts) - 1, -1, -1):
-            start, stop = cuts[i]
-            span = _cut(q, k, v, gates, shared, start, stop, C, R, eps)
-            *saved, last = rest[step * i : step * (i + 1)]
-            part = torch.zeros_like(v[:, :1, :1, :1]).expand_as(y if y is not None else v) if dy is None else dy
-            part = queries_to_chunks(part[:, :, start:stop], R, C, dtype)
-            if eps is not None:
-                weight = weights[len(cuts) - 1 - i]
-                part = part / weight.clamp(min=eps)
-                own = queries_to_chunks(y[:, :, start:stop], R, C, dtype)
-                dweight = (part * own).sum(-1, keepdim=True).neg_().masked_fill_(weight < eps, 0.0)
-                part = torch.cat([part, dweight], dim=-1)
-            elif scale != 1.0:
-                part = part * scale
-            grads = RULES[name].backward(span, saved, last, part.to(span.q.dtype), dstate, asked)
-            dq[:, :, start:stop] = queries_from_chunks(grads[0], R, stop - start)
-            dk[:, :, start:stop] = grads[1].flatten(2, 3)[:, :, : stop - start]
-            dv[:, :, start:stop] = grads[2].flatten(2, 3)[:, :, : stop - start, :V]
-            for total, part in zip(dgates, grads[3], strict=True):
-                if total is None:
-                    continue
-                part = part.flatten(2, 3)[:, :, : stop - start]
-                if total.ndim == 1:
-                    total += part.sum((0, 2))
-                else:
-                    total[:, :, start:stop] = part
-            dstate = grads[4]
-        return None, None, None, None, dq, dk, dv, dstate if ctx.has_initial else None, *dgates
+        grads = [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)]
+        grads += [torch.zeros_like(g) if ask else None for g, ask in zip(gates, asked, strict=True)]
+        shared, step = rule.prepare(gates, L, C), len(rest) // len(cuts)
+        # The caller may be inside autocast, which would round the sums.
+        with torch.autocast(q.device.type, enabled=False):
+            for i in range(len(cuts) - 1, -1, -1):
+                start, stop = cuts[i]
+                span = _cut(q, k, v, gates, shared, start, stop, C, eps, low)
+                part = k.new_zeros(()).expand(B, G * R, L, V) if dy is None else dy
+                part = queries_to_chunks(part[:, :, start:stop], R, C, dtype)
+                if eps is not None:
+                    part = _quotient_grad(part, queries_to_chunks(y[:, :, start:stop], R, C, dtype), weights[i], eps)
+                elif scale != 1.0:
+                    part = part * scale
+                *parts, dgates, dstate = rule.backward(
+                    span, rest[step * i : step * i + step], part.to(low), dstate, asked
+                )
+                _put(grads, [*parts, *dgates], start, stop, R)
+        return None, None, None, None, *grads[:3], dstate if ctx.has_initial else None, *grads[3:]
+
+
+def _quotient_grad(dy: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """From the gradient of y = numerator / max(weight, eps) to those of numerator and weight, side by side."""
+    dy = dy / weight.clamp(min=eps)
+    dweight = (dy * y).sum(-1, keepdim=True).neg_().masked_fill_(weight < eps, 0.0)
+    return torch.cat([dy, dweight], dim=-1)
+
+
+def _put(grads, parts, start: int, stop: int, R: int) -> None:
+    """Write the gradients of a span in chunks into those of the sequence (one of a constant gate is summed)."""
+    for i, (whole, part) in enumerate(zip(grads, parts, strict=True)):
+        if whole is None:
+            continue
+        part = queries_from_chunks(part, R, stop - start) if i == 0 else part.flatten(2, 3)[:, :, : stop - start]
+        if whole.ndim == 1:
+            whole += part.sum((0, 2))
+        else:
+            whole[:, :, start:stop] = part[..., : whole.shape[-1]] if i == 2 else part
 
 
 def sum_dtype(*tensors: Tensor) -> torch.dtype:
@@ -339,13 +356,15 @@ def sum_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def product_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of the operands of matrix products: bfloat16 where all inputs are and the device is fast at it.
+def product_dtype(rule: Rule, *tensors: Tensor) -> torch.dtype:
+    """The dtype of the operands of matrix products: bfloat16 where all inputs are, the rule can bear it and the
+    device is fast at it.
 
     float16 is not among them: a sum over a long sequence leaves its range.
     """
-    half = all(x.dtype == torch.bfloat16 for x in tensors) and (tensors[0].device.type != "cpu" or FAST_BF16_CPU)
-    return torch.bfloat16 if half else sum_dtype(*tensors)
+    half = rule.low_precision and all(x.dtype == torch.bfloat16 for x in tensors)
+    fast = tensors[0].device.type != "cpu" or FAST_BF16_CPU
+    return torch.bfloat16 if half and fast else sum_dtype(*tensors)
 
 
 def spans(k_BGLK: Tensor, C: int) -> list[tuple[int, int]]:
@@ -357,8 +376,8 @@ def spans(k_BGLK: Tensor, C: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, L)) for start in range(0, L, step)]
 
 
-def _cut(q, k, v, gates, shared, start: int, stop: int, C: int, R: int, eps: float | None) -> Span:
-    dtype = product_dtype(q, k, v)
+def _cut(q, k, v, gates, shared, start: int, stop: int, C: int, eps: float | None, dtype: torch.dtype) -> Span:
+    R = q.shape[1] // k.shape[1]
     v_BGnCV = to_chunks(v[:, :, start:stop], C, dtype)
     if eps is not None:  # z is one more column of the state, written by a value that is always one
         v_BGnCV = F.pad(v_BGnCV, (0, 1), value=1.0)

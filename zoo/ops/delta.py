@@ -123,35 +123,38 @@ class DeltaRule(chunks.Rule):
         y = chunks.add_product(y, chunks.decayed(q @ k.mT, pair, C), written)
         return y, (inverse, W, E, before), last
 
-    def backward(self, span, saved, last, dy, dlast, gate_grads):
+    def backward(self, span, saved, dy, dlast, gate_grads):
         q, k, _, (beta, *log_decay) = span[:4]
         inverse, W, E, before = saved
         C, low, dtype, beta_C1 = k.shape[3], q.dtype, dlast.dtype, beta[..., None]
         pair, prefix, suffix, total = chunks.scalar_factors(*log_decay)
         dy_start = chunks.times(dy, prefix, low)
-        dwritten = (chunks.decayed(q @ k.mT, pair, C).mT @ dy).to(dtype)
-        dbefore = (q.mT @ dy_start).to(dtype)
+        scores = chunks.decayed(q @ k.mT, pair, C)
+        dwritten, dbefore = (scores.mT @ dy).to(dtype), (q.mT @ dy_start).to(dtype)
         after, dstate = _carry_back(
             chunks.times(k, suffix, low), (W * beta_C1).to(low), dwritten, dbefore, total, dlast
         )
 
-        before_low, after_low, written = before.to(low), after.to(low), (E * beta_C1).to(low)
-        dscores = chunks.decayed(dy @ written.mT, pair, C)
-        dq = chunks.add_product((dy_start @ before_low.mT).to(dtype), dscores, k)
-        dk_column = chunks.add_product(chunks.times(written @ after_low.mT, suffix, dtype), dscores.mT, q)
+        before_low, written = before.to(low), (E * beta_C1).to(low)
         dv = inverse.mT @ (dwritten * beta_C1).to(low)
-        dk_row = chunks.times(dv @ before_low.mT, prefix, dtype).neg_()
-        dA = (dv @ E.to(low).mT).to(dtype).neg_()
+        dq = (dy_start @ before_low.mT).to(dtype)
+        dk = chunks.times(dv @ before_low.mT, prefix, dtype).neg_()
+        dk_end = chunks.times(written @ after.to(low).mT, suffix, dtype)
+        dscores, dA = dy @ written.mT, (dv @ E.to(low).mT).to(dtype).neg_()
         coupling = _coupling(k.to(dtype), pair)
-        dbeta = (dwritten * E).sum(-1) + (dA * coupling).sum(-2)
-        dgram = chunks.decayed(dA * beta[..., None, :], pair, C).tril_(-1).to(low)
-        dk_row = chunks.add_product(dk_row, dgram, k)
-        dk_column = chunks.add_product(dk_column, dgram.mT, k)
-        dgates = [dbeta]
+        dgates = [(dwritten * E).sum(-1) + (dA * coupling).sum(-2)]
+        dA = dA * beta[..., None, :]
         if log_decay:
-            change = chunks.rows(q * dq, C).sum((-1, -2)) + (k * (dk_row - dk_column)).sum(-1)
-            dgates.append(chunks.log_decay_grad(change[..., None], before, last, after)[..., 0])
-        return dq, dk_row + dk_column, dv, dgates, dstate
+            since = chunks.rows(q * dq, C).sum((-1, -2)) + (k * dk).sum(-1)
+            since = (
+                since[..., None] + chunks.pair_balance(dscores.to(dtype), scores) + chunks.pair_balance(dA, coupling)
+            )
+            through = (before * after).sum((-1, -2), keepdim=True) * total
+            dgates.append(chunks.log_decay_grad(since, (k * dk_end).sum(-1, keepdim=True), through)[..., 0])
+        dscores, dgram = chunks.decayed(dscores, pair, C), chunks.decayed(dA, pair, C).tril_(-1).to(low)
+        dq = chunks.add_product(dq, dscores, k)
+        dk = chunks.add_product(chunks.add_product(dk.add_(dk_end), dscores.mT, q), dgram, k)
+        return dq, chunks.add_product(dk, dgram.mT, k), dv, dgates, dstate
 
 
 chunks.RULES[OP] = DeltaRule()

@@ -6,7 +6,7 @@ with a_t = 1, a constant per head, a scalar per head and step, or a vector per c
 works in chunks (Sun et al. 2023, RetNet, eq. 7; Yang et al. 2024, Gated Linear Attention, section 4; Dao and Gu 2024,
 Mamba-2, section 6): inside a chunk the outputs are a decayed, masked (Q K^T) V, from chunk to chunk a state is carried.
 The backward pass is written by hand: it is the same recurrence with the roles of q, k, v exchanged, so it needs no
-stored C x C maps, and the gradient of log a_t is a sum of q * dq - k * dk over the steps from t on.
+stored C x C maps; the gradient of log a_t collects what is read from step t on of what was written before it.
 """
 
 from __future__ import annotations
@@ -161,24 +161,28 @@ class MapDecay(chunks.Rule):
         y = chunks.add_product(y, chunks.decayed(q @ k.mT, pair, C), v)
         return y, (before,), last
 
-    def backward(self, span, saved, last, dy, dlast, gate_grads):
+    def backward(self, span, saved, dy, dlast, gate_grads):
         q, k, v = span[:3]
         C, low, dtype = k.shape[3], q.dtype, dlast.dtype
         (before,) = saved
         pair, prefix, suffix, total = self.factors(span)
         dy_start = chunks.times(dy, prefix, low)
         after, dstate = chunks.carry_back((q.mT @ dy_start).to(dtype), total, dlast)
-        scores = chunks.decayed(q @ k.mT, pair, C)
-        dscores = chunks.decayed(dy @ v.mT, pair, C)
         after_low = after.to(low)
-        dq = chunks.add_product((dy_start @ before.to(low).mT).to(dtype), dscores, k)
-        dk = chunks.add_product(chunks.times(v @ after_low.mT, suffix, dtype), dscores.mT, q)
-        dv = chunks.add_product(chunks.times(k @ after_low, suffix, dtype), scores.mT, dy)
-        dgates = []
+        dq = (dy_start @ before.to(low).mT).to(dtype)
+        dk = chunks.times(v @ after_low.mT, suffix, dtype)
+        dv = chunks.times(k @ after_low, suffix, dtype)
+        scores, dscores = chunks.decayed(q @ k.mT, pair, C), dy @ v.mT
+        dgates = [None] * len(span.gates)
         if any(gate_grads):
-            change = chunks.rows(q * dq, C).sum((-1, -2)) - (k * dk).sum(-1)
-            dgates.append(chunks.log_decay_grad(change[..., None], before, last, after)[..., 0])
-        return dq, dk, dv, dgates or [None] * len(span.gates), dstate
+            since = chunks.rows(q * dq, C).sum((-1, -2))[..., None] + chunks.pair_balance(dscores.to(dtype), scores)
+            through = (before * after).sum((-1, -2), keepdim=True) * total
+            dgates = [chunks.log_decay_grad(since, (k * dk).sum(-1, keepdim=True), through)[..., 0]]
+        dscores = chunks.decayed(dscores, pair, C)
+        dq = chunks.add_product(dq, dscores, k)
+        dk = chunks.add_product(dk, dscores.mT, q)
+        dv = chunks.add_product(dv, scores.mT, dy)
+        return dq, dk, dv, dgates, dstate
 
 
 class ConstantDecay(MapDecay):
@@ -216,30 +220,34 @@ def _power(log_G: Tensor, exponents: Tensor) -> Tensor:
 class VectorDecay(chunks.Rule):
     """log_decay (B, G, n, C, K): one decay per channel, so the scores are built level by level of the decay tree."""
 
+    # The pairs' share of d log a is q dq - k dk here, a difference of what may be large: it needs exact products.
+    low_precision = False
+
     def forward(self, span, state):
         q, k, v, (log_decay,) = span[:4]
-        low = q.dtype
         scores, prefix, suffix = _vector_scores(q, k, log_decay.exp())
-        update = (chunks.times(k, suffix, low).mT @ v).to(state.dtype)
-        before, last = chunks.carry(update, prefix[..., -1, :, None], state)
-        y = (chunks.times(q, prefix, low) @ before.to(low)).to(state.dtype)
+        before, last = chunks.carry((k * suffix).mT @ v, prefix[..., -1, :, None], state)
+        y = chunks.times(q, prefix, q.dtype) @ before
         return chunks.add_product(y, scores, v), (before, scores), last
 
-    def backward(self, span, saved, last, dy, dlast, gate_grads):
+    def backward(self, span, saved, dy, dlast, gate_grads):
         q, k, v, (log_decay,) = span[:4]
-        C, low, dtype = k.shape[3], q.dtype, dlast.dtype
+        C, dtype = k.shape[3], dlast.dtype
         before, scores = saved
-        dq, dk, prefix, suffix = _vector_scores_grad(q, k, log_decay.exp(), dy @ v.mT)
-        grad = (chunks.times(q, prefix, low).mT @ dy).to(dtype)
-        after, dstate = chunks.carry_back(grad, prefix[..., -1, :, None], dlast)
-        after_low = after.to(low)
-        chunks.rows(dq, C).addcmul_(chunks.rows((dy @ before.to(low).mT).to(dtype), C), prefix[..., None, :])
-        dk.addcmul_((v @ after_low.mT).to(dtype), suffix)
-        dv = chunks.add_product((chunks.times(k, suffix, low) @ after_low).to(dtype), scores.mT, dy)
-        if not any(gate_grads):
-            return dq, dk, dv, [None], dstate
-        change = chunks.rows(q * dq, C).sum(-2) - k * dk
-        return dq, dk, dv, [chunks.log_decay_grad(change, before, last, after)], dstate
+        dscores = dy @ v.mT
+        dq, dk, prefix, suffix = _vector_scores_grad(q, k, log_decay.exp(), dscores)
+        after, dstate = chunks.carry_back(chunks.times(q, prefix, dtype).mT @ dy, prefix[..., -1, :, None], dlast)
+        dv = chunks.add_product((k * suffix) @ after, scores.mT, dy)
+        dq_start, dk_end = chunks.times(dy @ before.mT, prefix, dtype), (v @ after.mT).mul_(suffix)
+        dgates = [None]
+        if any(gate_grads):
+            since = chunks.rows(q * (dq + dq_start), C).sum(-2) - k * dk
+            through = (before * after).sum(-1)[..., None, :] * prefix[..., -1:, :]
+            dgates = [chunks.log_decay_grad(since, k * dk_end, through)]
+        own_CR1 = chunks.rows(dscores, C).diagonal(dim1=-3, dim2=-1).mT[..., None]  # of every step with itself
+        chunks.rows(dq.add_(dq_start), C).addcmul_(own_CR1, k[..., None, :])
+        dk = dk.add_(dk_end).add_((own_CR1 * chunks.rows(q, C)).sum(-2))
+        return dq, dk, dv, dgates, dstate
 
 
 chunks.RULES.update(
@@ -264,20 +272,17 @@ def _vector_scores(q, k, a):
 
 
 def _vector_scores_grad(q, k, a, dscores):
-    """The gradients of `_vector_scores` for q and k (not yet those through the states), and the outer factors."""
+    """Gradients for q and k of the scores of different steps, and the factors from the chunk's start and to its end."""
     C = k.shape[3]
-    diagonal = chunks.rows(dscores, C).diagonal(dim1=-3, dim2=-1).mT[..., None].to(a.dtype)  # (..., C, R, 1)
-    dq = (diagonal * k[..., None, :]).flatten(-3, -2)
-    dk = (diagonal * chunks.rows(q, C)).sum(-2)
+    dq, dk = torch.zeros_like(q), torch.zeros_like(k)
     prefix, suffix = a.clone(), torch.ones_like(a)
     m = 1
     while m < C:
         q_upper, k_lower = _halves(q, k, prefix, suffix, m)
         block = chunks.lower_left(dscores, m)
-        decay = chunks.upper_half(prefix, m)[..., None, :]
         upper = chunks.rows(dq, C).unflatten(-3, (-1, 2, m))[..., 1, :, :, :]
-        upper.addcmul_(chunks.rows(block @ k_lower, m).to(a.dtype), decay)
-        chunks.lower_half(dk, m).addcmul_((block.mT @ q_upper).to(a.dtype), chunks.lower_half(suffix, m))
+        upper.addcmul_(chunks.rows(block @ k_lower, m), chunks.upper_half(prefix, m)[..., None, :])
+        chunks.lower_half(dk, m).addcmul_(block.mT @ q_upper, chunks.lower_half(suffix, m))
         chunks.double(prefix, suffix, m)
         m *= 2
     return dq, dk, prefix, suffix
@@ -287,4 +292,4 @@ def _halves(q, k, prefix, suffix, m: int):
     """The queries of all upper and the keys of all lower halves of blocks of 2m steps, decayed to the middle."""
     q_upper = chunks.rows(q, k.shape[3]).unflatten(-3, (-1, 2, m))[..., 1, :, :, :].flatten(-3, -2)
     q_upper = chunks.times(q_upper, chunks.upper_half(prefix, m), q.dtype)
-    return q_upper, (chunks.lower_half(k, m) * chunks.lower_half(suffix, m)).to(k.dtype)
+    return q_upper, chunks.lower_half(k, m) * chunks.lower_half(suffix, m)
