@@ -228,6 +228,7 @@ class QKVMixer(SequenceMixer):
         return {}
 
     @classmethod
+    @torch.no_grad()
     def from_attention(
         cls, config: MixerOptions, attention: AttentionWeights, stats: AttentionStats | None = None
     ) -> Self:
