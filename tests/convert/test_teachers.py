@@ -219,6 +219,16 @@ def test_the_original_object_keeps_its_mode_and_dtype():
     assert teacher.max_logit_error < 1e-5
 
 
+def test_weights_decide_whether_the_output_is_tied():
+    model = original("llama-tied")
+    model.lm_head = torch.nn.Linear(32, 97, bias=False)
+    teacher = load_teacher(model)
+    again = write_back(teacher.model)
+    assert not teacher.model.config.tie_word_embeddings
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
 def test_a_wrong_import_is_found_and_located():
     model = original("llama")
     ours = load_teacher(model).model

@@ -109,19 +109,25 @@ def import_model(opened: Opened, adapter: TeacherAdapter) -> ZooPreTrainedModel:
     architecture = type(original).__name__
     task = adapter.architectures[architecture]
     theirs = original.state_dict()
+    plain = json.loads(config.to_json_string(use_diff=False))
+    plain = {key: value for key, value in plain.items() if key not in ("_name_or_path", "_model_name_or_path")}
+    output = original.get_output_embeddings()
+    if output is not None and output.weight is not original.get_input_embeddings().weight:
+        plain["tie_word_embeddings"] = False  # also where the config says otherwise: the weights are what counts
     tensors = adapter.import_tensors(config, architecture, theirs)
     origin = {
         "family": adapter.family,
         "architecture": architecture,
         "source": opened.name,
         "revision": opened.revision,
-        "config": json.loads(config.to_json_string(use_diff=False)),
+        "config": plain,
         "max_logit_error": None,
         "dropped": [key for key in theirs if adapter.is_dropped(key)],
     }
     carried = {name: copy.deepcopy(getattr(config, name, None)) for name in _CARRIED}
     values = {**adapter.spec(config, task), **opened.fields, "task": task, "origin": origin}
     values |= {name: value for name, value in carried.items() if value is not None}
+    values["tie_word_embeddings"] = plain.get("tie_word_embeddings", False)
     cls = TASK_CLASSES[task]
     with init.no_init_weights():
         model = cls(ZooConfig(**values))

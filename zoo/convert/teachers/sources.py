@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.utils import logging
 
-from zoo.convert.teachers.adapter import TeacherAdapter, adapter_for
+from zoo.config import MAX_LAYERS, ZooConfig
+from zoo.convert.teachers.adapter import TeacherAdapter, adapter_for, split_key
 from zoo.errors import ConversionError, did_you_mean
 
 _TOKENIZER_FILES = (
@@ -54,7 +56,8 @@ def reading(name: str) -> Iterator[None]:
     except (ConversionError, MemoryError):
         raise
     except Exception as error:
-        text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
         if type(error).__name__ == "SafetensorError":
             text = f"the weights are truncated or damaged ({text})"
         raise ConversionError(f"{name}: cannot be read: {text}") from error
@@ -107,6 +110,9 @@ def open_source(where: Place, *, task: str | None, tokenizer: Any) -> Opened:
     with reading(name):
         raw, _ = PreTrainedConfig.get_config_dict(where.root, **where.options)
     adapter = adapter_for(raw.get("model_type"))
+    for key in ("num_hidden_layers", "n_layer", "n_layers"):
+        if isinstance(raw.get(key), int) and not 1 <= raw[key] <= MAX_LAYERS:
+            raise ConversionError(f"{name}: {key} is {raw[key]}, but must be from 1 to {MAX_LAYERS}")
     with reading(name):
         if "gguf_file" in where.options:  # reading the header takes seconds: once is enough
             config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
@@ -120,18 +126,38 @@ def open_source(where: Place, *, task: str | None, tokenizer: Any) -> Opened:
         fields = sentence_fields(lambda file: _read_json(where, file), name)
     task = "sentence-embedding" if fields else task
     architecture = choose_architecture(adapter, config.model_type, config.architectures, task, name)
-    with reading(name):
-        model, info = adapter.original_class(architecture).from_pretrained(  # type: ignore[attr-defined]
-            where.root, config=config, dtype=torch.float32, output_loading_info=True, **where.options
-        )
-    missing = sorted(k for k in info["missing_keys"] if not adapter.is_dropped(k) and k not in adapter.copies)
-    if missing or info["mismatched_keys"]:
-        first = missing[0] if missing else str(next(iter(info["mismatched_keys"])))
-        raise ConversionError(f"{name}: the weights are not complete for {architecture}, first {first!r}")
+    # Before gigabytes are read: an option or a size that cannot be expressed ends here.
+    ZooConfig(**adapter.spec(config, adapter.architectures[architecture]))
+    model = load_model(where, adapter, architecture, config)
     if "gguf_file" in where.options:
         _forget_quantization(model)
     tokenizer = find_tokenizer(where, model.config.vocab_size, tokenizer)
     return Opened(model, name, revision, tokenizer, fields)
+
+
+def load_model(where: Place, adapter: TeacherAdapter, architecture: str, config: Any) -> Any:
+    """The original in float32. Raises ConversionError where weights and config do not fit each other."""
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True, **where.options}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of missing tensors tells users less than the errors below
+    try:
+        with reading(where.name):
+            cls: Any = adapter.original_class(architecture)
+            model, info = cls.from_pretrained(where.root, config=config, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    modules = adapter.modules(config, architecture)
+    missing = [k for k in info["missing_keys"] if not adapter.is_dropped(k) and k not in adapter.copies]
+    surplus = [k for k in info["unexpected_keys"] if "{i}" in (module := split_key(k)[0]) and module in modules]
+    wrong = {
+        "are not complete for": missing,
+        "have other shapes than those of": [str(next(iter(key))) for key in info["mismatched_keys"]],
+        "hold more than the config says of": surplus,
+    }
+    for problem, keys in wrong.items():
+        if keys:
+            raise ConversionError(f"{where.name}: the weights {problem} {architecture}, first {min(keys)!r}")
+    return model
 
 
 def choose_architecture(
