@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -250,11 +251,11 @@ def test_misfits_are_named():
 
 @pytest.mark.slow
 def test_compiles_without_graph_breaks():
-    tensors, case = make("scalar", L=6, R=2), make_case("mask, runs, state", L=6)
+    tensors, case = make("scalar", L=3, R=2), make_case("mask, runs, state", L=3)
     case["initial"] = make_case("state")["initial"]
 
     def function(*tensors, **options):
-        return delta_rule(*tensors, chunk=4, **options)
+        return delta_rule(*tensors, chunk=2, **options)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     expected = evaluate(function, tensors, case, torch.float64)
@@ -262,6 +263,9 @@ def test_compiles_without_graph_breaks():
 
 
 @pytest.mark.parametrize("L", [64, 50])
+@pytest.mark.skipif(
+    find_spec("fla") is not None, reason="with fla installed, transformers calls its GPU kernels instead"
+)
 def test_parity_with_qwen3_next_in_transformers(L):
     qwen = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     q, k, v, beta, log_decay = (t.float() for t in make("scalar", L=L))
