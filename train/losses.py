@@ -47,7 +47,7 @@ def head_loss(
         dtype: of the products with the vocabulary; None: the states' own.
 
     Returns:
-        The loss, and the terms {"kl", "ce"} that were computed, without weights and gradients.
+        The loss, and the terms {"kl" (with its T^2), "ce"} that were computed, without weights and gradients.
     """
     V = w_VD.shape[0] if teacher is None else min(w_VD.shape[0], teacher[1].shape[0])
     t_ND, tw_VD, tb_V = (None, None, None) if teacher is None or not kl else teacher

@@ -1,0 +1,339 @@
+"""What a stage computes: which parameters train, what the teacher gives, the loss.
+
+align     each converted mixer on the teacher's own input to that layer: ||y - y_T||^2 / ||y_T||^2 (teacher forcing). No
+          gradient goes from layer to layer.
+distill   end to end: KL to the teacher's distribution, cross-entropy, relative errors of layers and mixers.
+finetune, pretrain    cross-entropy alone.
+
+What is the same in teacher and student is computed once: the leading layers that are frozen and equal run in the
+teacher only, and the student goes on from there.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import ConfigError, did_you_mean
+from zoo.models.backbone import ZooModel, ZooPreTrainedModel
+from zoo.train.data import Batch
+from zoo.train.losses import head_loss, relative_error
+from zoo.train.recipe import Stage
+
+Guide = dict[str, Tensor]
+
+
+def converted_layers(student: ZooPreTrainedModel, teacher: ZooPreTrainedModel | None) -> list[int]:
+    """The layers whose mixer is not the teacher's; without a teacher those that are not attention, or else all."""
+    if teacher is None:
+        names = student.config.mixer_names
+        return [i for i, name in enumerate(names) if name != "attention"] or list(range(len(names)))
+    ours, theirs = student.config.layers, teacher.config.layers
+    if len(ours) != len(theirs):
+        raise ConfigError(f"the student has {len(ours)} layers and the teacher {len(theirs)}; a stage compares layers")
+    return [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a["mixer"] != b["mixer"]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters by name that train at one peak rate."""
+
+    pattern: str
+    lr: float
+    names: list[str]
+
+
+def choose_parameters(student: ZooPreTrainedModel, stage: Stage, converted: list[int]) -> list[Group]:
+    """What trains, by the stage's `train`; sets `requires_grad` on every parameter.
+
+    Raises ConfigError for a pattern that fits no parameter, with the nearest names, and where nothing is to be trained.
+    """
+    names = [name for name, _ in student.named_parameters()]
+    mixers = tuple(f"model.layers.{i}.mixer." for i in converted)
+    taken: dict[str, str] = {}
+    for pattern in stage.trains:
+        if pattern == "mixers":
+            fits = [n for n in names if n.startswith(mixers)] if mixers else []
+        else:
+            fits = names if pattern == "all" else fnmatch.filter(names, pattern)
+            if not fits:
+                raise ConfigError(f"train: no parameter fits {pattern!r}{_near(pattern, names)}")
+        if stage.kind == "align":
+            fits = [n for n in fits if mixers and n.startswith(mixers)]
+        for name in fits:
+            taken.setdefault(name, pattern)
+    if not taken:
+        raise ConfigError(f"a {stage.kind} stage has nothing to train: every mixer is the teacher's own")
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name in taken)
+    rates = stage.trains
+    return [Group(p, rates[p], [n for n in names if taken.get(n) == p]) for p in rates if p in taken.values()]
+
+
+def _near(pattern: str, names: list[str]) -> str:
+    return did_you_mean(pattern.replace("*", ""), ["mixers", "all", *names]) or "; for example model.layers.0.*"
+
+
+def make_optimizer(student: Any, groups: list[Group], stage: Stage) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019); vectors (norms, biases, decays) are not decayed."""
+    parameters = dict(student.named_parameters())
+    parts = []
+    for group in groups:
+        chosen = [parameters[name] for name in group.names]
+        for decay, members in (
+            (stage.weight_decay, [p for p in chosen if p.dim() > 1]),
+            (0.0, [p for p in chosen if p.dim() <= 1]),
+        ):
+            if members:
+                parts.append({"params": members, "lr": group.lr, "weight_decay": decay})
+    return torch.optim.AdamW(parts, betas=tuple(stage.betas), eps=stage.eps, fused=_fused(parts))
+
+
+def _fused(parts: list[dict[str, Any]]) -> bool:
+    devices = {p.device.type for part in parts for p in part["params"]}
+    return devices <= {"cpu", "cuda"} and all(p.is_floating_point() for part in parts for p in part["params"])
+
+
+def check_stage(stage: Stage, student: ZooPreTrainedModel, teacher: ZooPreTrainedModel | None) -> None:
+    """Raise ConfigError where the models have no such loss."""
+    weights, task = stage.weights, student.config.task
+    if stage.needs_teacher and teacher is None:
+        raise ConfigError(f"a {stage.kind} stage needs a teacher; name one, or take a finetune or pretrain stage")
+    if weights.ce and task != "causal-lm":
+        raise ConfigError(f"loss.ce: next-token prediction needs a causal-lm, this model is a {task}")
+    if weights.kl and not hasattr(student, "lm_head"):
+        raise ConfigError(f"loss.kl: a {task} has no distribution over words; use loss.hidden or loss.mixer")
+    if teacher is not None and weights.hidden and student.config.hidden_size != teacher.config.hidden_size:
+        sizes = f"{student.config.hidden_size} and {teacher.config.hidden_size}"
+        raise ConfigError(f"loss.hidden: hidden sizes differ ({sizes}); only the kl and ce terms fit")
+    limit = student.config.max_position_embeddings
+    if student.config.positions == "learned" and stage.length > limit:
+        raise ConfigError(f"length: {stage.length} is beyond the {limit} positions that the model has learned")
+
+
+def _first_trained(student: ZooPreTrainedModel) -> int:
+    """The number of leading blocks without a trained parameter; 0 where something before them trains."""
+    model: Any = student.model
+    blocks = {id(p) for p in model.layers.parameters()} | (
+        {id(p) for p in model.norm.parameters()} if model.norm is not None else set()
+    )
+    if any(p.requires_grad for p in model.parameters() if id(p) not in blocks):
+        return 0
+    for i, block in enumerate(model.layers):
+        if any(p.requires_grad for p in block.parameters()):
+            return i
+    return len(model.layers)
+
+
+def shared_layers(student: ZooPreTrainedModel, teacher: ZooPreTrainedModel) -> int:
+    """How many leading blocks are frozen in the student and equal to the teacher's, embeddings included."""
+    ours, theirs = student.model, teacher.model
+    if not _equal(_outside_blocks(ours), _outside_blocks(theirs)):
+        return 0
+    count = 0
+    for i in range(min(_first_trained(student), len(theirs.layers))):
+        if student.config.layers[i] != teacher.config.layers[i]:
+            break
+        if not _equal(ours.layers[i].state_dict(), theirs.layers[i].state_dict()):
+            break
+        count += 1
+    return count
+
+
+def _outside_blocks(model: Any) -> dict[str, Tensor]:
+    return {n: t for n, t in model.state_dict().items() if not n.startswith(("layers.", "norm."))}
+
+
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(t.shape == b[n].shape and torch.equal(t, b[n].to(t)) for n, t in a.items())
+
+
+@contextmanager
+def watching(backbone: Any, layers: list[int]) -> Iterator[dict[str, Tensor]]:
+    """Inputs ("mixer_in.i") and outputs ("mixer_out.i") of these layers' mixers, as a pass goes over them."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(i: int) -> Any:
+        def hook(module: nn.Module, args: tuple, out: tuple) -> None:
+            seen[f"mixer_in.{i}"], seen[f"mixer_out.{i}"] = args[0], out[0]
+
+        return hook
+
+    with ExitStack() as stack:
+        for i in layers:
+            stack.callback(backbone.layers[i].mixer.register_forward_hook(keep(i)).remove)
+        yield seen
+
+
+def embed(backbone: ZooModel, batch: Batch) -> Tensor:
+    """The input of the first block (B, L, D)."""
+    return backbone._embed(backbone.embed_tokens(batch.input_ids), None, None, batch.segment_ids, None)
+
+
+@dataclass
+class Teaching:
+    """The teacher's side of a stage: run it over a batch, get the tensors that the loss compares with.
+
+    converted: layers of which the mixers are compared. hidden: layers of which the outputs are. last: whether the
+    final state is needed. shared: leading layers that stand for the student's as well.
+    """
+
+    teacher: Any
+    converted: list[int] = field(default_factory=list)
+    hidden: list[int] = field(default_factory=list)
+    last: bool = True
+    shared: int = 0
+    inputs: bool = False  # of the mixers, for align
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Guide:
+        backbone, out = self.teacher.model, {}
+        x_BLD = embed(backbone, batch)
+        stop = len(backbone.layers) if self.last else 1 + max([*self.converted, *self.hidden, self.shared - 1, 0])
+        with watching(backbone, self.converted) as seen:
+            for i, block in enumerate(backbone.layers[:stop]):
+                x_BLD, _ = block(x_BLD, None, batch.segment_ids, None)
+                if i + 1 == self.shared:
+                    out["shared"] = x_BLD
+                if i in self.hidden:
+                    out[f"hidden.{i}"] = x_BLD
+        out |= {name: t for name, t in seen.items() if self.inputs or name.startswith("mixer_out")}
+        if self.last:
+            out["last"] = finish(self.teacher, x_BLD)
+        return out
+
+
+def finish(model: Any, x_BLD: Tensor) -> Tensor:
+    """From the last block's output to the state that the vocabulary is multiplied with."""
+    if model.model.norm is not None:
+        x_BLD = model.model.norm(x_BLD)
+    transform = getattr(model, "transform", None)
+    return x_BLD if transform is None else transform(x_BLD)
+
+
+class Objective(nn.Module):
+    """The loss of one stage as a module around the student, so that DDP and FSDP see one forward pass.
+
+    `forward(batch, guide)` gives the weighted loss (a scalar) and its terms by name.
+    """
+
+    def __init__(self, student: Any, teacher: Any, stage: Stage, converted: list[int]) -> None:
+        super().__init__()
+        self.student = student
+        self.stage, self.converted = stage, converted
+        self.device_type = next(student.parameters()).device.type
+        self._teacher = (teacher,)  # in a tuple: not a submodule, so nobody wraps, moves or saves it
+        weights = stage.weights
+        first = _first_trained(student)
+        self.hidden = list(range(first, len(student.model.layers))) if weights.hidden else []
+        self.shared = shared_layers(student, teacher) if teacher is not None and stage.kind == "distill" else 0
+        self.teaching = None
+        if stage.needs_teacher:
+            self.teaching = Teaching(
+                teacher,
+                converted=converted if weights.mixer else [],
+                hidden=self.hidden,
+                last=bool(weights.kl),
+                shared=self.shared,
+                inputs=stage.kind == "align",
+            )
+
+    @property
+    def teacher(self) -> Any:
+        """The teacher, or None."""
+        return self._teacher[0]
+
+    def precision(self) -> Any:
+        """The autocast region of the stage; parameters stay float32."""
+        return torch.autocast(self.device_type, torch.bfloat16, enabled=self.stage.precision == "bf16")
+
+    def teach(self, batch: Batch) -> Guide:
+        """The teacher's tensors for a batch ({} in a stage without teacher)."""
+        if self.teaching is None:
+            return {}
+        with self.precision():
+            return self.teaching(batch)
+
+    def forward(self, batch: Batch, guide: Guide) -> tuple[Tensor, dict[str, Tensor]]:
+        with self.precision():
+            return self._align(batch, guide) if self.stage.kind == "align" else self._end_to_end(batch, guide)
+
+    def _align(self, batch: Batch, guide: Guide) -> tuple[Tensor, dict[str, Tensor]]:
+        errors = []
+        for i in self.converted:
+            mixer = self.student.model.layers[i].mixer
+            y_BLD, _ = mixer(guide[f"mixer_in.{i}"], segments_BL=batch.segment_ids)
+            errors.append(relative_error(y_BLD, guide[f"mixer_out.{i}"]))
+        error = torch.stack(errors).mean()
+        return self.stage.weights.mixer * error, {"mixer": error.detach()}
+
+    def _end_to_end(self, batch: Batch, guide: Guide) -> tuple[Tensor, dict[str, Tensor]]:
+        weights, backbone = self.stage.weights, self.student.model
+        x_BLD = guide["shared"] if "shared" in guide else embed(backbone, batch)
+        hidden = []
+        with watching(backbone, self.converted if weights.mixer else []) as seen:
+            for i, block in enumerate(backbone.layers):
+                if i < self.shared:
+                    continue
+                x_BLD, _ = block(x_BLD, None, batch.segment_ids, None)
+                if i in self.hidden:
+                    hidden.append(relative_error(x_BLD, guide[f"hidden.{i}"]))
+        loss, terms = x_BLD.new_zeros((), dtype=torch.float32), {}
+        if weights.kl or weights.ce:
+            loss, terms = self._head(finish(self.student, x_BLD), batch, guide)
+        if hidden:
+            terms["hidden"] = (error := torch.stack(hidden).mean()).detach()
+            loss = loss + weights.hidden * error
+        if weights.mixer:
+            pairs = [(seen[f"mixer_out.{i}"], guide[f"mixer_out.{i}"]) for i in self.converted if i >= self.shared]
+            terms["mixer"] = (error := torch.stack([relative_error(y, t) for y, t in pairs]).mean()).detach()
+            loss = loss + weights.mixer * error
+        return loss, terms
+
+    def _head(self, x_BLD: Tensor, batch: Batch, guide: Guide) -> tuple[Tensor, dict[str, Tensor]]:
+        weights, head, teacher = self.stage.weights, self.student.lm_head, None
+        if weights.kl:
+            t_head = self.teacher.lm_head
+            teacher = (guide["last"].flatten(0, 1), t_head.weight, t_head.bias)
+        return head_loss(
+            x_BLD.flatten(0, 1),
+            head.weight,
+            head.bias,
+            teacher=teacher,
+            targets_N=batch.targets.flatten(),
+            kl=weights.kl,
+            ce=weights.ce,
+            temperature=self.stage.temperature,
+            dtype=torch.bfloat16 if self.stage.precision == "bf16" else None,
+        )
+
+
+def first_non_finite(objective: Objective, batch: Batch, guide: Guide) -> str:
+    """Where the first value that is not finite appears when this batch is run again: a module's name, or the loss."""
+    for name, parameter in objective.student.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"parameter {name}"
+    for name, t in guide.items():
+        if not torch.isfinite(t).all():
+            return f"the teacher ({name})"
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple, out: Any) -> None:
+            tensors = out if isinstance(out, tuple | list) else [out]
+            if not found and any(isinstance(t, Tensor) and not torch.isfinite(t).all() for t in tensors):
+                found.append(name)
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in objective.student.named_modules():
+            stack.callback(module.register_forward_hook(watch(name)).remove)
+        objective(batch, guide)
+    return found[0] if found else "the gradient"
