@@ -80,7 +80,12 @@ class ZooPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, SequenceMixer) or (hasattr(module, "reset_parameters") and _is_ours(module)):
+        if isinstance(module, nn.RMSNorm | nn.LayerNorm):
+            if module.weight is not None:
+                init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, SequenceMixer) or (hasattr(module, "reset_parameters") and _is_ours(module)):
             module.reset_parameters(std)  # type: ignore[operator]
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=std)
@@ -88,11 +93,6 @@ class ZooPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
-            if module.weight is not None:
-                init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
 
 
 def _is_ours(module: nn.Module) -> bool:

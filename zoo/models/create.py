@@ -77,14 +77,17 @@ def _load(source: str | Path, **options: Any) -> ZooPreTrainedModel:
     config = ZooConfig.from_pretrained(source, **{k: options[k] for k in ("revision",) if k in options})
     cls = TASK_CLASSES[config.task]
     try:
-        model, info = cls.from_pretrained(source, config=config, output_loading_info=True, **options)
+        # Never a pickle: loading one runs whatever its author wrote. Wrong sizes are named below, with the config.
+        fixed: dict[str, Any] = {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}
+        model, info = cls.from_pretrained(source, **options, **fixed, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
     except Exception as error:
         if type(error).__name__ == "SafetensorError":
             raise CheckpointError(f"{source}: the weights are truncated or damaged: {error}") from None
         raise
-    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+    sizes = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    wrong = sorted(sizes) + sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if wrong:
         raise CheckpointError(f"{source}: weights do not fit the config, first {wrong[0]!r} of {len(wrong)}")
     return model

@@ -1,0 +1,43 @@
+"""torch.compile: one graph for the forward and for a training step, with and without a mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import zoo
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", zoo.list_models("*-tiny"))
+def test_the_forward_has_no_graph_break(name, masked, make, ids_BL):
+    model = make(name)
+    mask_BL = None
+    if masked:
+        mask_BL = torch.ones_like(ids_BL)
+        mask_BL[0, :5] = 0
+    expected = model(ids_BL, attention_mask=mask_BL, use_cache=False).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    out = compiled(ids_BL, attention_mask=mask_BL, use_cache=False).logits
+    real = slice(None) if mask_BL is None else mask_BL.bool()
+    torch.testing.assert_close(out[real], expected[real], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", zoo.list_models("*-tiny"))
+def test_a_training_step_compiles(name, make, ids_BL):
+    model = make(name).train()
+    model(ids_BL, labels=ids_BL).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(ids_BL, labels=ids_BL).loss.backward()
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-6, atol=1e-8)
