@@ -293,9 +293,7 @@ def _tokenizer(name: str) -> Any:
 
 def _check_tokenizer(tokenizer: Any, models: list[Any]) -> None:
     if tokenizer is None:
-        raise DataError(
-            "there is no tokenizer with the model; give one, such as tokenizer=bytes for a vocabulary of 256"
-        )
+        raise DataError("no tokenizer comes with the model; give one, such as tokenizer=bytes for a vocabulary of 256")
     for model in models:
         if len(tokenizer) > model.config.vocab_size:
             raise DataError(

@@ -39,9 +39,9 @@ def claim(out: Path, identity: dict[str, Any], resume: bool, overwrite: bool) ->
     state = PartialState()
     if state.is_main_process:
         path = out / "run.json"
-        known = read_json(path)
         if out.exists() and not out.is_dir():
             raise CheckpointError(f"{out}: is a file, not a folder for a run")
+        known = read_json(path)
         if overwrite:
             _empty(out)
             known = {}
@@ -79,15 +79,15 @@ def _empty(out: Path) -> None:
         return
     model = ["config.json", "generation_config.json", "conversion.json", "score.json", *_tokenizer_files(out)]
     names = [*OURS, *model, *(p.name for p in out.glob("model*.safetensors*"))]
+    left = [p.name for p in out.iterdir() if p.name not in names and not p.name.startswith((TEMPORARY, "."))]
+    if left:
+        raise CheckpointError(f"{out}: holds {min(left)!r}, which no run has written; choose another folder")
     for name in names:
         path = out / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    left = [p.name for p in out.iterdir() if not p.name.startswith((TEMPORARY, "."))]
-    if left:
-        raise CheckpointError(f"{out}: holds {min(left)!r}, which no run has written; choose another folder")
 
 
 def _tokenizer_files(out: Path) -> list[str]:

@@ -40,9 +40,10 @@ def run(out, kill_at):
             event()
             return function(*args, **kwargs)
         setattr(owner, name, call)
-    for owner, name in [(checkpoint, "_fsync"), (checkpoint, "save_file"), (checkpoint.os, "rename"), (folder.os,
-                        "replace"), (checkpoint.shutil, "rmtree"), (loop.StageLoop, "_step"), (loop.StageLoop, "_guide")]:
-        watched(owner, name)
+    for owner, names in [(checkpoint, ["_fsync", "save_file"]), (checkpoint.os, ["rename"]), (folder.os, ["replace"]),
+                         (checkpoint.shutil, ["rmtree"]), (loop.StageLoop, ["_step", "_guide"])]:
+        for name in names:
+            watched(owner, name)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     teacher = make_teacher(embedding_dropout=0.1)
