@@ -8,6 +8,7 @@ out     = (norm(y) * silu(x W_g)) W_o                  head norm and gate: optio
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -74,13 +75,22 @@ class QKVOptions(MixerOptions):
 
 @dataclass(frozen=True)
 class Inputs:
-    """One call's arguments, as `mix` sees them. `positions_BL` counts real tokens of each sequence from 0."""
+    """One call's arguments, as `mix` sees them.
+
+    `positions_BL` counts real tokens of each sequence from 0. It is None where all rows simply go on from
+    `state.length`, and where nobody needs it.
+    """
 
     x_BLD: Tensor
     mask_BL: Tensor | None
     segments_BL: Tensor | None
     positions_BL: Tensor | None
     state: State | None
+
+    @property
+    def start(self) -> int:
+        """How many positions came before, padding included."""
+        return 0 if self.state is None else self.state.length
 
 
 class QKVMixer(SequenceMixer):
@@ -140,9 +150,12 @@ class QKVMixer(SequenceMixer):
             raise TraitError(f"mixer {self.name!r} is two-sided here (causal: false), so there is no state to carry")
         if mask_BL is not None:  # whatever stands in the padding, nothing of it gets any further
             x_BLD = x_BLD.masked_fill(~mask_BL[..., None], 0)
-        positions_BL = None
-        if self.config.rotary is not None or self.needs_positions:
-            seen_B = None if state is None else state["seen"]
+        positions_BL, seen_B = None, None
+        counts = self.config.rotary is not None or self.needs_positions
+        if counts and state is not None and (mask_BL is not None or "seen" in state):
+            # Rows differ from the first padding on; until then a state's length says it all.
+            seen_B = state["seen"] if "seen" in state else x_BLD.new_full((len(x_BLD),), state.length, dtype=torch.long)
+        if counts and (mask_BL is not None or segments_BL is not None or seen_B is not None):
             positions_BL = token_positions(x_BLD, mask_BL, segments_BL, seen_B)
         inputs = Inputs(x_BLD, mask_BL, segments_BL, positions_BL, state)
         q_BHLK, k_BGLK, v_BGLV, carried = self.project(inputs)
@@ -150,9 +163,8 @@ class QKVMixer(SequenceMixer):
         out_BLD = self.finish(y_BHLV, x_BLD)
         if state is None:
             return out_BLD, None
-        if "seen" in state:
-            new_B = x_BLD.shape[1] if mask_BL is None else mask_BL.sum(1)
-            carried["seen"] = state["seen"] + new_B
+        if seen_B is not None:
+            carried["seen"] = seen_B + (x_BLD.shape[1] if mask_BL is None else mask_BL.sum(1))
         return out_BLD, State({**carried, **mixed}, state.length + x_BLD.shape[1])
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
@@ -172,10 +184,22 @@ class QKVMixer(SequenceMixer):
         if c.qk_norm:
             q_BHLK, k_BGLK = self.q_norm(q_BHLK), self.k_norm(k_BGLK)
         if c.rotary is not None:
-            cos, sin = rotary_tables(c.rotary, c.head_dim, inputs.positions_BL)
+            cos, sin = self._rotary_tables(inputs, q_BHLK.dtype)
             q_BHLK = apply_rotary(q_BHLK, cos, sin, c.rotary.interleaved)
             k_BGLK = apply_rotary(k_BGLK, cos, sin, c.rotary.interleaved)
         return q_BHLK, k_BGLK, v_BGLV, carried
+
+    def _rotary_tables(self, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        c, x_BLD = self.config, inputs.x_BLD
+        assert c.rotary is not None
+        if inputs.positions_BL is not None:
+            return rotary_tables(c.rotary, c.head_dim, inputs.positions_BL)
+        end = inputs.start + x_BLD.shape[1]
+        if torch.compiler.is_compiling():
+            return rotary_tables(c.rotary, c.head_dim, torch.arange(inputs.start, end, device=x_BLD.device)[None])
+        dtype = torch.promote_types(dtype, torch.bfloat16)
+        inference = torch.is_inference_mode_enabled()
+        return _shared_tables(c.rotary, c.head_dim, inputs.start, end, x_BLD.device, dtype, inference)
 
     def finish(self, y_BHLV: Tensor, x_BLD: Tensor) -> Tensor:
         """Head norm, gate and output projection."""
@@ -191,8 +215,6 @@ class QKVMixer(SequenceMixer):
         weight = self.o_proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype
         tensors = self.mix_state(batch_size, device, dtype)
-        if self.config.rotary is not None or self.needs_positions:
-            tensors["seen"] = torch.zeros(batch_size, dtype=torch.long, device=device)
         if self.config.conv:
             for name in ("q", "k", "v"):
                 size = getattr(self, f"{name}_proj").out_features
@@ -284,6 +306,18 @@ class QKVMixer(SequenceMixer):
 
     def start_from(self, attention: AttentionWeights, stats: AttentionStats | None) -> None:
         """Set what attention does not have (decays, gates, feature maps) to where it disturbs least."""
+
+
+@functools.lru_cache(maxsize=8)
+def _shared_tables(
+    rotary: RotaryConfig, head_dim: int, start: int, end: int, device: torch.device, dtype: torch.dtype, inference: bool
+) -> tuple[Tensor, Tensor]:
+    """Rotary tables of consecutive positions; all layers of a model ask for the same ones one after another.
+
+    `inference` keeps apart what was made in inference mode, for autograd refuses it.
+    """
+    cos, sin = rotary_tables(rotary, head_dim, torch.arange(start, end, device=device)[None])
+    return cos.to(dtype), sin.to(dtype)
 
 
 def output_rms(attention: AttentionWeights, stats: AttentionStats | None) -> Tensor:

@@ -107,7 +107,7 @@ class SlidingWindow(QKVMixer):
         """The first tokens of each row's sequence, as far as they have come."""
         N, L = self.config.sinks, new_BGLX.shape[2]
         if mask_BS is None:
-            start = inputs.state.length  # type: ignore[union-attr]
+            start = inputs.start
             end = min(start + L, N)
             if start >= N:
                 return old_BGNX
@@ -122,13 +122,16 @@ class SlidingWindow(QKVMixer):
         c, tensors = self.config, joined.tensors
         if q_BHLK.shape[2] == 1:
             return self._attend_one(q_BHLK, joined, inputs)
+        positions_BL, L = inputs.positions_BL, q_BHLK.shape[2]
+        if positions_BL is None and c.sinks:
+            positions_BL = torch.arange(inputs.start, inputs.start + L, device=q_BHLK.device).expand(len(q_BHLK), L)
         return ops.window_attention(
             q_BHLK,
             joined.k_BGSK,
             joined.v_BGSV,
             window=c.window,
             sink_kv=(tensors["sink_k"], tensors["sink_v"]) if c.sinks else None,
-            positions_BL=inputs.positions_BL,
+            positions_BL=positions_BL,
             scale=c.softmax_scale,
             mask_BS=joined.mask_BS,
         )
@@ -139,7 +142,7 @@ class SlidingWindow(QKVMixer):
         first = max(joined.k_BGSK.shape[2] - c.window, 0)
         k, v = joined.k_BGSK[:, :, first:], joined.v_BGSV[:, :, first:]
         if c.sinks and mask_BS is None:
-            outside = min(max(inputs.state.length - c.window + 1, 0), c.sinks)  # type: ignore[union-attr]
+            outside = min(max(inputs.start - c.window + 1, 0), c.sinks)
             if outside:
                 k = torch.cat([tensors["sink_k"][:, :, :outside], k], 2)
                 v = torch.cat([tensors["sink_v"][:, :, :outside], v], 2)
