@@ -276,6 +276,14 @@ def test_bfloat16_errs_at_most_twice_as_much_as_plain_torch(kind):
         assert (o - e).norm() <= 2 * (p - e).norm(), f"output {i}: {(o - e).norm():.3e} against {(p - e).norm():.3e}"
 
 
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_both_carries_agree(n):
+    update, state = torch.randn(2, 3, n, 4, 5), torch.randn(2, 3, 4, 5)
+    shapes = (None, (1, 3, n, 1, 1), (2, 3, n, 1, 1), (2, 3, n, 4, 1))
+    for decay in (None if s is None else torch.rand(s) * (torch.rand(s) > 0.2) for s in shapes):
+        assert_near(chunks.carry_by_doubling(update, decay, state), chunks.carry(update, decay, state), 1e-6)
+
+
 def test_dtypes_and_autocast():
     q, k, v, log_decay = make("scalar", dtype=torch.float32)
     for half in (torch.bfloat16, torch.float16):
@@ -340,7 +348,7 @@ def test_misfits_are_named():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["scalar", "vector"])
 def test_compiles_without_graph_breaks(kind):
-    tensors, case = make(kind, L=3, R=2), make_case("mask, runs, state", L=3)
+    tensors, case = make(kind, L=5, R=2), make_case("mask, runs, state", L=5)
 
     def function(*tensors, **options):
         return linear_recurrence(*tensors, normalize=True, chunk=2, **options)

@@ -150,29 +150,55 @@ def carry(update_BGnKV: Tensor, decay: Tensor | None, state: Tensor) -> tuple[Te
 
     `decay` broadcasts against the updates with its chunk dimension at 2 (size n); None is no decay.
     """
+    if not _stepwise(update_BGnKV):
+        return carry_by_doubling(update_BGnKV, decay, state)
     before = torch.cat([state[:, :, None], update_BGnKV[:, :, :-1]], dim=2)
-    n = before.shape[2]
-    if decay is None:
-        for i in range(1, n):
+    for i in range(1, before.shape[2]):
+        if decay is None:
             before[:, :, i] += before[:, :, i - 1]
-        return before, before[:, :, -1] + update_BGnKV[:, :, -1]
-    for i in range(1, n):
-        before[:, :, i].addcmul_(decay[:, :, i - 1], before[:, :, i - 1])
-    return before, torch.addcmul(update_BGnKV[:, :, -1], decay[:, :, -1], before[:, :, -1])
+        else:
+            before[:, :, i].addcmul_(decay[:, :, i - 1], before[:, :, i - 1])
+    last = before[:, :, -1] if decay is None else before[:, :, -1] * decay[:, :, -1]
+    return before, last + update_BGnKV[:, :, -1]
 
 
 def carry_back(grad_BGnKV: Tensor, decay: Tensor | None, dlast: Tensor) -> tuple[Tensor, Tensor]:
     """The carry of gradients, from the last chunk to the first: those of the states *after* each chunk, and of the
     state before the first. `grad_BGnKV` is what each chunk's outputs say about the state before it."""
+    if not _stepwise(grad_BGnKV):
+        after, first = carry_by_doubling(grad_BGnKV.flip(2), None if decay is None else decay.flip(2), dlast)
+        return after.flip(2), first
     after = torch.cat([grad_BGnKV[:, :, 1:], dlast[:, :, None]], dim=2)
-    n = after.shape[2]
-    if decay is None:
-        for i in range(n - 1, 0, -1):
+    for i in range(after.shape[2] - 1, 0, -1):
+        if decay is None:
             after[:, :, i - 1] += after[:, :, i]
-        return after, after[:, :, 0] + grad_BGnKV[:, :, 0]
-    for i in range(n - 1, 0, -1):
-        after[:, :, i - 1].addcmul_(decay[:, :, i], after[:, :, i])
-    return after, torch.addcmul(grad_BGnKV[:, :, 0], decay[:, :, 0], after[:, :, 0])
+        else:
+            after[:, :, i - 1].addcmul_(decay[:, :, i], after[:, :, i])
+    first = after[:, :, 0] if decay is None else after[:, :, 0] * decay[:, :, 0]
+    return after, first + grad_BGnKV[:, :, 0]
+
+
+def _stepwise(x: Tensor) -> bool:
+    """On a CPU N cheap steps win; a GPU, and a compiler that would unroll them, want log2(N) large ones."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def carry_by_doubling(update_BGnKV: Tensor, decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """As `carry`, in log2(n) steps: after step i every sum covers 2^i chunks (Hillis and Steele 1986)."""
+    n = update_BGnKV.shape[2]
+    first = state if decay is None else state * decay[:, :, 0]
+    sums = torch.cat([update_BGnKV[:, :, :1] + first[:, :, None], update_BGnKV[:, :, 1:]], dim=2)
+    if decay is None:
+        sums = sums.cumsum(2)
+    else:
+        covered = 1
+        while covered < n:
+            more = torch.addcmul(sums[:, :, covered:], decay[:, :, covered:], sums[:, :, :-covered])
+            sums = torch.cat([sums[:, :, :covered], more], dim=2)
+            product = decay[:, :, covered:] * decay[:, :, :-covered]
+            decay = torch.cat([decay[:, :, :covered], product], dim=2)
+            covered *= 2
+    return torch.cat([state[:, :, None], sums[:, :, :-1]], dim=2), sums[:, :, -1]
 
 
 def rows(x_QX: Tensor, C: int) -> Tensor:
@@ -265,7 +291,7 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
-SPAN_SIZE = 1 << 18  # numbers per tensor and span on a CPU: 8 heads x 64 channels x 512 steps, one megabyte
+SPAN_SIZE = 1 << 17  # numbers per tensor and span on a CPU: 8 heads x 64 channels x 256 steps, half a megabyte
 FAST_BF16_CPU = torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
 
 
