@@ -252,7 +252,8 @@ def compare(
         students: models by name, or `Ablated` ones; "teacher" is taken.
         rows_NL: int64 token ids, every row a text of its own without padding.
         tokenizer: needed for masked LMs and where vocabularies are padded differently.
-        dtype: float32, or bfloat16 for autocast. On SmolLM2-135M bf16 alone gives a KL of about 0.001 to float32.
+        dtype: float32, or bfloat16 for autocast, which on SmolLM2-135M takes 0.45 of the time and adds 0.001 to a KL
+            of 0.086 (teacher in bf16 against itself in float32: 0.0006, top-1 97.7 %).
         batch_tokens: how many tokens go through the models at once.
         seed: of the choice of masked tokens.
         on_batch: is told how many rows are done.

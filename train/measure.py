@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.convert.baseline import mixer_state_bytes
 from zoo.errors import DataError
 from zoo.train.evaluation import autocast, evaluating
 
@@ -37,23 +38,18 @@ def fits(model: Any, length: int) -> bool:
 def state_bytes_at(model: Any, length: int) -> int | None:
     """Bytes of the state of one sequence after `length` tokens; None where the model has none or is not so long.
 
-    The mixers are run, each kind once and by itself, over random inputs in one piece. That is what a cache holds after
-    a prefill in one call; prefilling in pieces leaves spare room in growing buffers, which is not counted.
+    The mixers are run, each kind once and by itself, over a whole sequence in one piece. That is what a cache holds
+    after a prefill in one call; prefilling in pieces leaves spare room in growing buffers, which is not counted.
     """
-    core = model.model
-    if not core.is_causal or not fits(model, length):
+    if not model.model.is_causal or not fits(model, length):
         return None
-    weight = core.embed_tokens.weight
-    x_1LD = torch.randn(1, length, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    x_1LD = x_1LD.to(weight.device, weight.dtype)
     by_kind: dict[str, int] = {}
     total = 0
     with evaluating(model):
-        for block in core.layers:
+        for block in model.model.layers:
             kind = repr(block.mixer.config)
             if kind not in by_kind:
-                empty = block.mixer.init_state(1, device=x_1LD.device, dtype=x_1LD.dtype)
-                by_kind[kind] = block.mixer(x_1LD, state=empty)[1].nbytes
+                by_kind[kind] = mixer_state_bytes(block.mixer, length)
             total += by_kind[kind]
     if model.config.positions == "learned":
         total += torch.long.itemsize  # the number of tokens seen

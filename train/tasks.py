@@ -7,8 +7,9 @@ the end. `exact`: the greedy continuation is the number. `choice`: the number is
 many tokens (chance 10 %), which tells small models apart where none is exact.
 
 MQAR (Arora et al. 2023, arXiv 2312.04927): pairs of a key and a value, then keys again in another order, each followed
-by its value. The prediction at a repeated key counts, among the values of the task. Chance is one in `values`; a model
-that knows which values were there, but not whose they are, gets one in `pairs`. `mqar_batch` makes training data too.
+by its value. The prediction after a repeated key counts, among the values of the task. Chance is one in the number of
+values (64 words); a model that knows which were there, but not whose they are, gets one in `pairs`. `mqar_batch` makes
+training data too.
 
 Everything is made of token ids: words that are one token each where there is a tokenizer, raw ids where there is none.
 """
@@ -30,21 +31,32 @@ from zoo.train.evaluation import evaluating
 
 IGNORED = -100
 CANDIDATES = 10
-INTRODUCTION = "One number is hidden in the text below. Read on and remember it.\n"
+INTRODUCTION = "One number is hidden in the text below. Read on and remember it."
 FILLER = (
-    "The river runs down to the sea. The wind comes from the hills. A bird sits on the wall. "
-    "The road goes past the mill and back again. "
+    " The river runs down to the sea. The wind comes from the hills. A bird sits on the wall."
+    " The road goes past the mill and back again."
 )
-BEFORE, AFTER, QUESTION = "The pass key is", ". Remember the pass key. ", "\nWhat is the pass key? The pass key is"
+BEFORE, AFTER, QUESTION = "\nThe pass key is", ". Remember the pass key.\n", "\nWhat is the pass key? The pass key is"
 
 
 @dataclass(frozen=True)
 class Symbols:
-    """Disjoint token ids for MQAR: of keys, of values, and of what stands between."""
+    """What MQAR is made of: disjoint ids of keys and values, what stands between pairs and queries, and punctuation.
+
+    A pair is written `key link value end`. `filler` is a text that is repeated where `running`, else it is drawn from.
+    """
 
     keys: Tensor
     values: Tensor
     filler: Tensor
+    running: bool = False
+    link: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+
+    @property
+    def unit(self) -> int:
+        """Tokens of one pair."""
+        return 2 + len(self.link) + len(self.end)
 
 
 def raw_symbols(vocab_size: int) -> Symbols:
@@ -56,25 +68,30 @@ def raw_symbols(vocab_size: int) -> Symbols:
 
 
 def word_symbols(tokenizer: Any, number: int = 64, seed: int = 0) -> Symbols:
-    """Symbols of a pretrained tokenizer: common words of one token, `number` keys, values and fillers each.
+    """Symbols of a pretrained tokenizer: `number` keys and values, common words of one token; lines of ` key: value`.
 
-    Vocabularies are ordered by frequency, or by the merges that made them, so common words come first. Raises DataError
-    for a tokenizer with too few words.
+    Vocabularies are ordered by frequency, or by the merges that made them, so common words come first. On SmolLM2-135M
+    this form finds 0.88 of 16 pairs over 512 tokens; without punctuation, and with random filler, it is 0.02 to 0.41.
+    Raises DataError for a tokenizer with too few words.
     """
-    count = min(len(tokenizer), 16384)
-    tokens = tokenizer.convert_ids_to_tokens(list(range(count)))
-    texts = [token if isinstance(token, str) else "" for token in tokens]
-    words = [i for i, text in enumerate(texts) if re.fullmatch(r"[Ġ▁][a-z]{3,}", text)]
-    if len(words) < 3 * number:  # no mark at the start of a word: WordPiece
-        words = [i for i, text in enumerate(texts) if re.fullmatch(r"[a-z]{3,}", text)]
-    if len(words) < 3 * number:
+    texts = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), 16384))))
+    for form in (r"[Ġ▁][a-z]{5,}", r"[a-z]{5,}"):  # the second has no mark at the start of a word: WordPiece
+        words = [i for i, text in enumerate(texts) if isinstance(text, str) and re.fullmatch(form, text)]
+        if len(words) >= 2 * number:
+            break
+    else:
         raise DataError(
-            f"MQAR needs {3 * number} words of one token, the tokenizer has {len(words)}; "
+            f"MQAR needs {2 * number} words of one token, the tokenizer has {len(words)}; "
             "for byte and character tokenizers use raw symbols"
         )
-    chosen = torch.tensor(words[: 3 * number])
+    chosen = torch.tensor(words[: 2 * number])
     chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))]
-    return Symbols(*chosen.split(number))
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    keys, values = chosen.split(number)
+    return Symbols(keys, values, torch.tensor(ids(FILLER)), running=True, link=ids(":"), end=ids("\n"))
 
 
 def symbols(tokenizer: Any, vocab_size: int) -> Symbols:
@@ -120,26 +137,35 @@ def mqar_batch(
     limit = min(len(symbols.keys), len(symbols.values))
     if not 1 <= queries <= pairs <= limit:
         raise DataError(f"MQAR needs 1 <= queries <= pairs <= {limit} (the symbols), got {queries} and {pairs}")
-    if length < 2 * (pairs + queries):
-        raise DataError(f"{pairs} pairs and {queries} queries need {2 * (pairs + queries)} tokens, got {length}")
+    unit = symbols.unit
+    free = length - unit * (pairs + queries)
+    if free < 0:
+        raise DataError(f"{pairs} pairs and {queries} queries need {unit * (pairs + queries)} tokens, got {length}")
     g = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
-    shape = (examples, length)
-    ids_BL = symbols.filler[torch.randint(len(symbols.filler), shape, generator=g)]
-    labels_BL = torch.full(shape, IGNORED)
     key_BP = symbols.keys[torch.rand(examples, len(symbols.keys), generator=g).argsort(1)[:, :pairs]]
     value_BP = symbols.values[torch.rand(examples, len(symbols.values), generator=g).argsort(1)[:, :pairs]]
-    ids_BL[:, : 2 * pairs] = torch.stack([key_BP, value_BP], 2).flatten(1)
     again_BQ = torch.rand(examples, pairs, generator=g).argsort(1)[:, :queries]
-    # A query takes two places: choose among places of one, and make room for the ones before.
-    free = length - 2 * pairs - queries
-    place_BQ = torch.arange(free - queries, free).expand(examples, -1)
+    # Filler tokens and queries in a row of `free + queries` slots; a query then takes the place of `unit` tokens.
+    slot_BQ = torch.arange(free, free + queries).expand(examples, -1)
     if spread:
-        place_BQ = torch.rand(examples, free, generator=g).argsort(1)[:, :queries].sort(1).values
-    place_BQ = 2 * pairs + place_BQ + torch.arange(queries)
-    ids_BL.scatter_(1, place_BQ, key_BP.gather(1, again_BQ))
-    ids_BL.scatter_(1, place_BQ + 1, value_BP.gather(1, again_BQ))
-    labels_BL.scatter_(1, place_BQ + 1, value_BP.gather(1, again_BQ))
+        slot_BQ = torch.rand(examples, free + queries, generator=g).argsort(1)[:, :queries].sort(1).values
+    start_BQ = unit * pairs + slot_BQ + (unit - 1) * torch.arange(queries)
+    if symbols.running:
+        fill_BL = symbols.filler.repeat(length // len(symbols.filler) + 1)[:length].expand(examples, -1)
+    else:
+        fill_BL = symbols.filler[torch.randint(len(symbols.filler), (examples, length), generator=g)]
+    ids_BL = torch.cat([_pairs(symbols, key_BP, value_BP), fill_BL[:, : length - unit * pairs]], 1)
+    query_BT = _pairs(symbols, key_BP.gather(1, again_BQ), value_BP.gather(1, again_BQ))
+    ids_BL.scatter_(1, (start_BQ[:, :, None] + torch.arange(unit)).flatten(1), query_BT)
+    labels_BL = torch.full_like(ids_BL, IGNORED)
+    labels_BL.scatter_(1, start_BQ + 1 + len(symbols.link), value_BP.gather(1, again_BQ))
     return ids_BL, labels_BL
+
+
+def _pairs(symbols: Symbols, key_BP: Tensor, value_BP: Tensor) -> Tensor:
+    """`key link value end`, one pair after the other (B, P * unit)."""
+    fixed = [torch.tensor(ids, dtype=torch.long).expand(*key_BP.shape, -1) for ids in (symbols.link, symbols.end)]
+    return torch.cat([key_BP[..., None], fixed[0], value_BP[..., None], fixed[1]], 2).flatten(1)
 
 
 def mqar_accuracy(
@@ -160,7 +186,7 @@ def mqar_accuracy(
     with evaluating(model):
         for start in range(0, examples, size):
             part_BL, asked_BL = ids_BL[start : start + size], labels_BL[start : start + size]
-            keep = 2 * pairs  # the queries stand at the end
+            keep = symbols.unit * pairs  # the queries stand at the end
             logits_BTV = model(part_BL.to(model.device), use_cache=False, logits_to_keep=keep).logits.cpu()
             wanted_BT = torch.cat([asked_BL[:, -keep + 1 :], asked_BL.new_full((len(part_BL), 1), IGNORED)], 1)
             best_BT = symbols.values[logits_BTV[..., symbols.values].argmax(-1)]
@@ -189,7 +215,9 @@ def passkey_parts(tokenizer: Any, vocab_size: int, generator: torch.Generator) -
         digits = raw.values[:10]
         numbers = digits[_different(len(digits), 5, generator)]
         marks = raw.keys[:3].tolist()
-        return PasskeyParts((marks[0],), tuple(raw.filler.tolist()), (marks[1],), (marks[2],), (marks[1],), numbers)
+        return PasskeyParts(
+            (marks[0],), tuple(raw.filler[:16].tolist()), (marks[1],), (marks[2],), (marks[1],), numbers
+        )
 
     def ids(text: str) -> tuple[int, ...]:
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -215,7 +243,7 @@ def _different(base: int, digits: int, generator: torch.Generator) -> Tensor:
 
 
 def passkey_prompt(parts: PasskeyParts, length: int, depth: float) -> Tensor:
-    """A prompt of exactly `length` tokens with the right number at `depth` (0 the beginning, 1 the end) of the filler.
+    """A prompt of exactly `length` tokens with the right number near `depth` (0 begin, 1 end) of the filler.
 
     Raises DataError where `length` leaves no room.
     """
@@ -224,7 +252,8 @@ def passkey_prompt(parts: PasskeyParts, length: int, depth: float) -> Tensor:
     if room < 0:
         raise DataError(f"a passkey prompt needs at least {length - room} tokens, got {length}")
     filler = (parts.filler * (room // len(parts.filler) + 1))[:room]
-    at = round(depth * room)
+    period = len(parts.filler)
+    at = min(round(depth * room / period), room // period) * period  # between two rounds of the filler
     return torch.tensor([*parts.introduction, *filler[:at], *needle, *filler[at:], *parts.question])
 
 
