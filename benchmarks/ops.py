@@ -53,7 +53,7 @@ def build(L: int, heads: int, dim: int, dtype: torch.dtype) -> dict[str, Callabl
         "delta rule": lambda: ours(delta_rule, beta),
         "gated delta rule": lambda: ours(lambda q, k, v, b, s: delta_rule(q, k, v, b, -s), beta, step),
         PEERS[0]: lambda: (
-            F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True),
+            F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True),
             [q, k, v],
         ),
         PEERS[1]: lambda: (mamba2_chunk_scan(v, step, A, k, q, chunk_size=64), [q, k, v, step]),
