@@ -307,7 +307,9 @@ class ChunkedScan(torch.autograd.Function):
         (B, G, L, K), V, H = k.shape, v.shape[-1], q.shape[1]
         y = v.new_empty(B, L, H, V).transpose(1, 2)
         state = k.new_zeros(B, G, K, V + (eps is not None), dtype=dtype) if initial is None else initial
-        keep, kept, weights = any(ctx.needs_input_grad), [], []
+        keep = any(ctx.needs_input_grad)
+        kept: list[Tensor] = []
+        weights: list[Tensor] = []
         shared = rule.prepare(gates, L, C)
         for start, stop in spans(k, C):
             span = _cut(q, k, v, gates, shared, start, stop, C, eps, low)

@@ -73,8 +73,8 @@ def linear_recurrence(
         raise ConfigError(f"{OP}: normalize=True needs an initial state with z; this one was made without a normaliser")
     dtype = chunks.sum_dtype(q_BHLK, k_BGLK, v_BGLV)
     state = None if initial is None else initial.kv_BGKV.to(dtype)
-    if normalize and initial is not None:
-        state = torch.cat([state, initial.z_BGK.to(dtype)[..., None]], dim=-1)
+    if normalize and state is not None:  # z is one more column of the state
+        state = torch.cat([state, initial.z_BGK.to(dtype)[..., None]], dim=-1)  # type: ignore[union-attr]
     q, k, v, log_decay = _apply_mask(q_BHLK, k_BGLK, v_BGLV, log_decay, mask_BL, segments_BL)
     log_decay = None if log_decay is None else log_decay.to(dtype)
     with torch.autocast(q.device.type, enabled=False):
@@ -137,9 +137,12 @@ def _step(q_BH1K, k_BG1K, v_BG1V, log_decay, state_BGKV, R: int, scale: float, e
 @register_backend(OP, "torch")
 def _chunked(q_BHLK, k_BGLK, v_BGLV, log_decay, initial, scale: float, eps: float | None, chunk: int | None):
     """The portable implementation: y (B, H, L, V) and the final state, with the normaliser as its last column."""
-    rule, gates = "no_decay", ()
-    if log_decay is not None:
-        rule, gates = ("no_decay", "constant_decay", "", "scalar_decay", "vector_decay")[log_decay.ndim], (log_decay,)
+    rule = (
+        "no_decay"
+        if log_decay is None
+        else {1: "constant_decay", 3: "scalar_decay"}.get(log_decay.ndim, "vector_decay")
+    )
+    gates = () if log_decay is None else (log_decay,)
     C = chunks.chunk_length(OP, k_BGLK, chunk)
     return chunks.ChunkedScan.apply(rule, C, scale, eps, q_BHLK, k_BGLK, v_BGLV, initial, *gates)
 
