@@ -70,7 +70,7 @@ def check_split(mixer: MixerLike, *, config: ConfigLike = None, width: int = 16,
     half = case.length // 2
     cuts = {"single steps": [1] * case.length, "one token, then the rest": [1, case.length - 1]}
     cuts["random pieces"] = case.pieces()
-    cuts["two halves, then single steps"] = [half, *[1] * (case.length - half)]
+    cuts["a half, three steps, the rest"] = [half, 1, 1, 1, case.length - half - 3]
     for masked in (None, mask_BL):
         whole, _ = case.run(case.x_BLD, mask_BL=masked)
         for kind, sizes in cuts.items():

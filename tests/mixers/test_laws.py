@@ -124,6 +124,7 @@ BROKEN = {
 
 
 def test_registered_from_outside(monkeypatch):
+    list_mixers()  # loads all, so that the copy is complete
     monkeypatch.setattr(registry, "_MIXERS", dict(registry._MIXERS))
     registry.register_mixer("outside")(type("Registered", (Outside,), {}))
     assert "outside" in list_mixers()

@@ -101,6 +101,11 @@ class QKVMixer(SequenceMixer):
     """
 
     config: QKVOptions
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    head_norm: nn.Module
     needs_positions = False  # beyond rotary
     averages_values: ClassVar[bool] = True  # outputs are weighted means of values, so of their scale
 

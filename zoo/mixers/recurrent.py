@@ -85,7 +85,9 @@ def two_sided(
     mask_BL, segments_BL = inputs.mask_BL, inputs.segments_BL
     ahead, _ = ops.linear_recurrence(q_BHLK, k_BGLK, v_BGLV, log_decay_G, mask_BL=mask_BL, segments_BL=segments_BL)
     back, _ = ops.linear_recurrence(
-        *(x.flip(2) for x in (q_BHLK, k_BGLK, v_BGLV)),
+        q_BHLK.flip(2),
+        k_BGLK.flip(2),
+        v_BGLV.flip(2),
         log_decay_G,
         mask_BL=None if mask_BL is None else mask_BL.flip(1),
         segments_BL=None if segments_BL is None else segments_BL.flip(1),

@@ -89,7 +89,7 @@ class SlidingWindow(QKVMixer):
             ones = torch.ones(B, S, dtype=torch.bool, device=k_BGLK.device)
             old_BS = state["mask"] if "mask" in state else ones[:, : S - L]
             mask_BS = torch.cat([old_BS, ones[:, :L] if mask_BL is None else mask_BL], 1)
-        if mask_BL is None:  # what is carried is right-aligned, so the whole is
+        if mask_BL is None or mask_BS is None:  # what is carried is right-aligned, so the whole is
             tensors = {"k": k_BGSK[:, :, first:], "v": v_BGSV[:, :, first:]}
             if mask_BS is not None:
                 tensors["mask"] = mask_BS[:, first:]

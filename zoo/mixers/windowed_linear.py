@@ -175,7 +175,7 @@ class WindowedLinear(QKVMixer):
         return take(k, source_BL, 2), take(v, source_BL, 2), any_BL
 
     def mix_state(self, batch_size: int, device: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for prefix, branch in (("window.", self.window), ("linear.", self.linear)):
             made = branch.mix_state(batch_size, device, dtype)
             tensors |= {prefix + name: tensor for name, tensor in made.items()}
