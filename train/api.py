@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 import zoo
 from zoo.errors import ConfigError, DataError
@@ -25,6 +24,7 @@ from zoo.train.folder import (
     fingerprint,
     finished,
     full_disk_is_said,
+    processes,
     read_json,
     save_quietly,
     save_result,
@@ -156,7 +156,7 @@ def _converted(recipe: Recipe, teacher: Any, tokenizer: Any, data: Documents, ou
     from zoo.convert.api import convert
     from zoo.convert.teachers import Teacher
 
-    state = PartialState()
+    state = processes()
     initial = None if out is None else out / "initial"
     with state.main_process_first():
         if initial is not None and (initial / "config.json").is_file():
@@ -202,11 +202,11 @@ def _run(
     _check_tokenizer(tokenizer, [m for m in (student, teacher) if m is not None])
     train, held = split_documents(data, held_out, seed)
     run = Run(student, teacher, tokenizer, train, held, stages, seed, eval_tokens, out, when=when, show=progress)
-    main = PartialState().is_main_process
+    main = processes().is_main_process
     if out is not None:
         identity = {
             "stages": [stage.plain() for stage in stages],
-            "seed": [seed, held_out, eval_tokens, PartialState().num_processes],
+            "seed": [seed, held_out, eval_tokens, processes().num_processes],
             "data": fingerprint(data),
             "student": weights_digest(student),
             "teacher": None if teacher is None else weights_digest(teacher),

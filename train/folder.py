@@ -34,9 +34,14 @@ OURS = ("run.json", "train.json", "log.jsonl", "checkpoints", "teacher_cache", "
 TEMPORARY = "tmp-"
 
 
+def processes() -> PartialState:
+    """The processes of this run: one, or those that a launcher started. Without an accelerator they talk over gloo."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def claim(out: Path, identity: dict[str, Any], resume: bool, overwrite: bool) -> None:
     """Make `out` this run's folder. Raises CheckpointError where it is something else's, and `overwrite` is off."""
-    state = PartialState()
+    state = processes()
     if state.is_main_process:
         path = out / "run.json"
         if out.exists() and not out.is_dir():

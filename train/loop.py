@@ -40,7 +40,7 @@ from zoo.train.teacher_cache import TeacherCache
 def make_accelerator() -> Accelerator:
     """The processes and devices there are; precision is the stage's own affair."""
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision="no", kwargs_handlers=[unused])
+    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[unused])
 
 
 def run_stages(run: Run) -> None:

@@ -84,7 +84,7 @@ def rows(folder):
     return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_anywhere_the_run_ends_with_the_same_bits(tmp_path, seed):
     whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
