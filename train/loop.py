@@ -77,7 +77,7 @@ def _copy(target: Tensor, source: Tensor) -> None:
     if hasattr(target, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)  # type: ignore[attr-defined]
     target.copy_(source)
 
 
@@ -215,7 +215,8 @@ class StageLoop:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         started = time.monotonic()
-        self.loss, self.terms = 0.0, {}
+        self.loss: float = 0.0
+        self.terms: dict[str, float] = {}
         for part in range(stage.accumulate):
             place = self.data.state_dict()
             batch = next(self.data).to(self.device)

@@ -49,6 +49,8 @@ def head_loss(
     Returns:
         The loss, and the terms {"kl" (with its T^2), "ce"} that were computed, without weights and gradients.
     """
+    if (ce and targets_N is None) or (kl and teacher is None):
+        raise ValueError("kl needs the teacher's states and ce needs targets")
     V = w_VD.shape[0] if teacher is None else min(w_VD.shape[0], teacher[1].shape[0])
     t_ND, tw_VD, tb_V = (None, None, None) if teacher is None or not kl else teacher
     options = (kl, ce, float(temperature), V, dtype or h_ND.dtype)
@@ -81,8 +83,8 @@ class _HeadLoss(torch.autograd.Function):
             wide = torch.promote_types(h_ND.dtype, torch.float32)
             need_h, need_w, need_b = ctx.needs_input_grad[:3]
             N, count = h_ND.shape[0], 1
-            if ce:
-                count = max(1, int((targets_N >= 0).sum()))
+            if ce and targets_N is not None:
+                count = max(1, int(targets_N.ge(0).sum()))
             w, tw = w_VD[:V].to(dtype), None if tw_VD is None else tw_VD[:V].to(dtype)
             grad_h = torch.zeros_like(h_ND, dtype=wide) if need_h else None
             grad_w = torch.zeros(w_VD.shape, dtype=wide, device=w_VD.device) if need_w else None
@@ -93,13 +95,13 @@ class _HeadLoss(torch.autograd.Function):
                 h = h_ND[rows].to(dtype)
                 s_NV = _logits(h, w, bias_V, V)
                 t_NV = None if t_ND is None else _logits(t_ND[rows].to(dtype), tw, tb_V, V)
-                target = targets_N[rows] if ce else None
+                target = targets_N[rows] if ce and targets_N is not None else None
                 _rows_loss(s_NV, t_NV, target, sums, (kl / N, ce / count, T), wide)
-                if need_h:
+                if grad_h is not None:
                     grad_h[rows] = (s_NV @ w).to(wide)
-                if need_w:
+                if grad_w is not None:
                     grad_w[:V] += (s_NV.T @ h).to(wide)
-                if need_b:
+                if grad_b is not None:
                     grad_b[:V] += s_NV.to(wide).sum(0)
             kl_mean, ce_mean = sums[0] / N, sums[1] / count
         ctx.save_for_backward(grad_h, grad_w, grad_b)

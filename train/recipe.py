@@ -29,9 +29,9 @@ Kind = Literal["pretrain", "align", "distill", "finetune"]
 class Budget(Options):
     """How long a stage runs: exactly one of tokens, seconds on the wall, seconds of CPU time (all processes)."""
 
-    tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    seconds: float | None = Field(None, gt=0, le=1e9)
-    cpu_seconds: float | None = Field(None, gt=0, le=1e9)
+    tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    seconds: float | None = Field(default=None, gt=0, le=1e9)
+    cpu_seconds: float | None = Field(default=None, gt=0, le=1e9)
 
     @field_validator("tokens", mode="before")
     @classmethod
@@ -66,9 +66,9 @@ class Schedule(Options):
     """
 
     name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup: float = Field(0.05, ge=0, le=1)
-    final: float = Field(0.1, ge=0, le=1)
-    decay: float = Field(0.2, gt=0, le=1)
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    final: float = Field(default=0.1, ge=0, le=1)
+    decay: float = Field(default=0.2, gt=0, le=1)
 
     def factor(self, fraction: float) -> float:
         """The multiple of the peak rate after `fraction` (0 to 1) of the budget."""
@@ -92,10 +92,10 @@ class LossWeights(Options):
     hidden: relative squared error of each layer's output. mixer: relative squared error of each converted mixer.
     """
 
-    kl: float = Field(0.0, ge=0, le=1e6)
-    ce: float = Field(0.0, ge=0, le=1e6)
-    hidden: float = Field(0.0, ge=0, le=1e6)
-    mixer: float = Field(0.0, ge=0, le=1e6)
+    kl: float = Field(default=0.0, ge=0, le=1e6)
+    ce: float = Field(default=0.0, ge=0, le=1e6)
+    hidden: float = Field(default=0.0, ge=0, le=1e6)
+    mixer: float = Field(default=0.0, ge=0, le=1e6)
 
     @model_validator(mode="after")
     def _some(self) -> Self:
@@ -123,24 +123,24 @@ class Stage(Options):
 
     kind: Kind
     budget: Budget
-    length: int = Field(512, ge=2, le=1 << 24)
-    batch_size: int = Field(2, ge=1, le=1 << 20)
-    accumulate: int = Field(1, ge=1, le=1 << 16)
+    length: int = Field(default=512, ge=2, le=1 << 24)
+    batch_size: int = Field(default=2, ge=1, le=1 << 20)
+    accumulate: int = Field(default=1, ge=1, le=1 << 16)
     packing: Literal["separate", "joined"] = "separate"  # whether documents in a row see each other
-    lr: float = Field(3e-4, gt=0, le=10)
+    lr: float = Field(default=3e-4, gt=0, le=10)
     schedule: Schedule = Schedule()
     train: str | list[str] | dict[str, float] | None = None
     loss: LossWeights | None = None
-    temperature: float = Field(1.0, gt=0, le=100)
-    weight_decay: float = Field(0.0, ge=0, le=10)
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    weight_decay: float = Field(default=0.0, ge=0, le=10)
     betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
-    eps: float = Field(1e-8, gt=0, le=1)
-    clip: float | None = Field(1.0, gt=0)
+    eps: float = Field(default=1e-8, gt=0, le=1)
+    clip: float | None = Field(default=1.0, gt=0)
     precision: Literal["bf16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
-    ema: float | None = Field(None, gt=0, lt=1)
-    seed: int | None = Field(None, ge=0, lt=1 << 31)
-    epochs: int = Field(1, ge=1, le=10_000)
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    seed: int | None = Field(default=None, ge=0, lt=1 << 31)
+    epochs: int = Field(default=1, ge=1, le=10_000)
     cache_teacher: bool = True
 
     @field_validator("schedule", mode="before")
@@ -188,9 +188,9 @@ class Stage(Options):
 class Checkpoints(Options):
     """When the state of the run is written: after so many seconds or steps, the last `keep` and the best are kept."""
 
-    every_seconds: float | None = Field(300.0, gt=0)
-    every_steps: int | None = Field(None, ge=1)
-    keep: int = Field(2, ge=1, le=1000)
+    every_seconds: float | None = Field(default=300.0, gt=0)
+    every_steps: int | None = Field(default=None, ge=1)
+    keep: int = Field(default=2, ge=1, le=1000)
 
 
 class Recipe(Options):
@@ -205,11 +205,11 @@ class Recipe(Options):
     calibrate: bool = True
     tokenizer: str | None = None  # a folder or Hub name, or "bytes"; None: the model's or teacher's own
     data: str | list[str] | None = None
-    held_out: float = Field(0.05, ge=0, lt=1)
-    eval_tokens: int = Field(0, ge=0, le=MAX_TOKENS)  # held-out tokens scored at each checkpoint; 0: none
+    held_out: float = Field(default=0.05, ge=0, lt=1)
+    eval_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)  # held-out tokens scored at each checkpoint; 0: none
     stages: list[Stage] = Field(min_length=1, max_length=1000)
     checkpoints: Checkpoints = Checkpoints()
-    seed: int = Field(0, ge=0, lt=1 << 31)
+    seed: int = Field(default=0, ge=0, lt=1 << 31)
     out: str | None = None
     tensorboard: bool = False
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -235,7 +235,7 @@ def describe(source: Source) -> str:
         return describe(source.source)
     if isinstance(source, str | Path):
         return str(source)
-    return f"{len(source)} documents" if hasattr(source, "__len__") else "documents given by the caller"
+    return f"{len(source)} documents" if isinstance(source, Sized) else "documents given by the caller"
 
 
 def split_documents(source: Source, held_out: float = 0.1, seed: int = 0) -> tuple[Documents, Documents]:
