@@ -61,11 +61,11 @@ class Run:
 
 def random_states() -> dict[str, Any]:
     """The states of all random generators, as JSON types."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = np.random.get_state(legacy=True)
     version, words, gauss = random.getstate()
     states = {
         "python": [version, list(words), gauss],
-        "numpy": [kind, keys.tolist(), *rest],
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "torch": _to_text(torch.get_rng_state()),
     }
     if torch.cuda.is_available():

@@ -284,7 +284,8 @@ class Objective(nn.Module):
                 x_BLD, _ = block(x_BLD, None, batch.segment_ids, None)
                 if i in self.hidden:
                     hidden.append(relative_error(x_BLD, guide[f"hidden.{i}"]))
-        loss, terms = x_BLD.new_zeros((), dtype=torch.float32), {}
+        loss = x_BLD.new_zeros((), dtype=torch.float32)
+        terms: dict[str, Tensor] = {}
         if weights.kl or weights.ce:
             loss, terms = self._head(finish(self.student, x_BLD), batch, guide)
         if hidden:
