@@ -44,6 +44,13 @@ def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> Zo
 
 def load_folder(folder: str | Path, **options: Any) -> ZooPreTrainedModel:
     """Load a saved model. Raises CheckpointError where the folder is missing or not a complete zoo model."""
+    read_config(folder)
+    _refuse_outside_files(Path(folder))
+    return _load(folder, **options)
+
+
+def read_config(folder: str | Path) -> ZooConfig:
+    """The config of a saved model. Raises CheckpointError where the folder is missing or not that of a zoo model."""
     folder = Path(folder)
     if not folder.is_dir():
         siblings = [p.name for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
@@ -60,8 +67,7 @@ def load_folder(folder: str | Path, **options: Any) -> ZooPreTrainedModel:
         raise CheckpointError(
             f"{path}: model_type is {kind!r}, not 'zoo'; `zoo convert {folder}` makes a zoo model of it"
         )
-    _refuse_outside_files(folder)
-    return _load(folder, **options)
+    return ZooConfig.from_pretrained(folder)
 
 
 def _refuse_outside_files(folder: Path) -> None:

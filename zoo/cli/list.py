@@ -1,0 +1,97 @@
+"""`zoo list`: the models and mixers there are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+
+from zoo.cli.common import JsonOption, print_json, print_table
+
+
+def list_(
+    pattern: Annotated[str, typer.Argument(help="A name, a part of one, or wildcards: 'mamba2-*'.")] = "*",
+    task: Annotated[str | None, typer.Option(help="Only models of this task, such as causal-lm.")] = None,
+    mixer: Annotated[str | None, typer.Option(help="Only models with a layer of this mixer.")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Only models with published weights.")] = False,
+    mixers: Annotated[bool, typer.Option("--mixers", help="List the sequence mixers instead of the models.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The models that can be created by name, or with [bold]--mixers[/bold] what attention can be replaced with."""
+    wild = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    rows = _mixers(wild) if mixers else _models(wild, task, mixer, pretrained)
+    if not rows:
+        _say_what_is_near(pattern, mixers)
+    if as_json:
+        print_json(rows)
+    elif mixers:
+        cells = [(r["name"], r["direction"], r["state"], r["about"]) for r in rows]
+        print_table("", ("mixer", "direction", "state", "about"), cells)
+    else:
+        cells = [(r["name"], r["task"], r["layers"], r["hidden_size"], r["mixers"], r["about"]) for r in rows]
+        print_table("", ("model", "task", "layers", "width", "mixers", "about"), cells, right=("layers", "width"))
+
+
+def _models(pattern: str, task: str | None, mixer: str | None, pretrained: bool) -> list[dict[str, Any]]:
+    from typing import get_args
+
+    from zoo.config import Task
+    from zoo.errors import unknown_name
+    from zoo.registry import list_models, mixer_class, model_config, model_entry
+
+    if task is not None and task not in get_args(Task):
+        raise unknown_name("task", task, get_args(Task))
+    if mixer is not None:
+        mixer_class(mixer)
+    rows = []
+    for name in list_models(pattern, pretrained=pretrained, task=task, mixer=mixer):
+        entry = model_entry(name)
+        config = model_config(entry.name)
+        counts = Counter(config.mixer_names)
+        rows.append(
+            {
+                "name": name,
+                "family": entry.family,
+                "task": config.task,
+                "layers": config.num_hidden_layers,
+                "hidden_size": config.hidden_size,
+                "vocab_size": config.vocab_size,
+                "mixers": next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {m}" for m, n in counts.items()),
+                "about": entry.about,
+                "paper": entry.paper,
+                "pretrained": list(entry.tags),
+            }
+        )
+    return rows
+
+
+def _mixers(pattern: str) -> list[dict[str, Any]]:
+    from zoo.registry import list_mixers, mixer_class
+
+    rows = []
+    for name in list_mixers(pattern):
+        cls: Any = mixer_class(name)
+        module_doc = (__import__(cls.__module__, fromlist=["x"]).__doc__ or cls.__doc__ or "").strip()
+        traits = cls.traits
+        directions = [w for w, has in (("causal", traits.causal), ("two-sided", traits.bidirectional)) if has]
+        rows.append(
+            {
+                "name": name,
+                "direction": ", ".join(directions),
+                "state": traits.state,
+                "exact": traits.exact,
+                "about": " ".join(module_doc.split("\n\n")[0].split()),
+            }
+        )
+    return rows
+
+
+def _say_what_is_near(pattern: str, mixers: bool) -> None:
+    from zoo.errors import unknown_name
+    from zoo.registry import list_mixers, list_models
+
+    if not any(c in pattern for c in "*?["):
+        known = list_mixers() if mixers else list_models()
+        if not any(pattern in name for name in known):
+            raise unknown_name("mixer" if mixers else "model", pattern, known)

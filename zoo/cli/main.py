@@ -1,0 +1,117 @@
+"""The program `zoo`: a list of commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zoo.cli.backends import backends
+from zoo.cli.common import JsonOption, examples, guarded
+from zoo.cli.convert import convert
+from zoo.cli.distill import distill
+from zoo.cli.generate import generate
+from zoo.cli.list import list_
+from zoo.cli.score import score
+from zoo.cli.show import show
+from zoo.cli.train import train
+
+GO_ON = "run the same command again to go on from the last checkpoint"
+
+app = typer.Typer(
+    name="zoo",
+    help="Turn a pretrained Transformer into a cheaper model that still knows what it knew.",
+    epilog=examples(
+        "zoo list 'mamba2*'",
+        "zoo convert HuggingFaceTB/SmolLM2-135M-Instruct --mixer gated_delta_net+window --keep sensitivity:1/5 --out m",
+        "zoo generate m --prompt 'Why is the sky blue?' --chat",
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import zoo
+
+        print(zoo.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("demo"),
+    minutes: Annotated[float, typer.Option(min=0.1, max=10_000, help="Minutes of training for the student.")] = 3.0,
+    mixer: Annotated[str | None, typer.Option(help="What replaces attention; the default is what works best.")] = None,
+    as_json: JsonOption = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --out.")] = False,
+) -> None:
+    """The main job on a real teacher, end to end: scan, convert, calibrate, distill, score, generate."""
+    from zoo.cli.common import quiet_libraries
+    from zoo.cli.demo import demo as run
+
+    quiet_libraries()
+    run(out, minutes, mixer, as_json, overwrite)
+
+
+app.command("list", epilog=examples("zoo list", "zoo list 'retnet*' --json", "zoo list --mixers"))(guarded(list_))
+app.command("show", epilog=examples("zoo show mamba2-130m", "zoo show runs/quick --json"))(guarded(show))
+app.command("backends", epilog=examples("zoo backends", "zoo backends --json"))(guarded(backends))
+app.command(
+    "convert",
+    epilog=examples(
+        "zoo convert HuggingFaceTB/SmolLM2-135M --mixer gated_delta_net+window --option window=64 --out student",
+        "zoo convert model.gguf --mixer mamba2+window --keep sensitivity:1/5 --data 'text/*.txt' --out student",
+        "zoo convert gpt2 --out exact      [dim]# no mixer: an exact import[/dim]",
+    ),
+)(guarded(convert))
+app.command(
+    "distill",
+    epilog=examples(
+        "zoo distill quick teacher=HuggingFaceTB/SmolLM2-135M-Instruct data='text/*.txt' out=runs/quick",
+        "zoo distill my.yaml stages.0.lr=1e-3 out=runs/faster",
+    ),
+)(guarded(distill, GO_ON))
+app.command(
+    "train",
+    epilog=examples(
+        "zoo train pretrain-tiny data='text/*.txt' out=runs/tiny",
+        "zoo train pretrain-tiny model=mamba2-tiny data=hf:roneneldan/TinyStories out=runs/stories",
+    ),
+)(guarded(train, GO_ON))
+app.command(
+    "score",
+    epilog=examples(
+        "zoo score runs/quick",
+        "zoo score student --against HuggingFaceTB/SmolLM2-135M --data held_out.txt --quick --json",
+    ),
+)(guarded(score))
+app.command(
+    "generate",
+    epilog=examples(
+        "zoo generate runs/quick --prompt 'Once upon a time'",
+        "zoo generate student --prompt 'Why is the sky blue?' --chat --temperature 0.7 --top-p 0.9",
+        "zoo generate student --prompt 'The capital of France is' --beams 4 --max-new-tokens 8",
+    ),
+)(guarded(generate))
+app.command("demo", epilog=examples("zoo demo --out demo", "zoo demo --mixer mamba2+window --minutes 10 --json"))(
+    guarded(demo, GO_ON)
+)
+
+
+def main() -> None:
+    """Run the program; what the console script and `python -m zoo` call."""
+    app(prog_name="zoo")
