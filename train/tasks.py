@@ -71,7 +71,7 @@ def word_symbols(tokenizer: Any, number: int = 64, seed: int = 0) -> Symbols:
     """Symbols of a pretrained tokenizer: `number` keys and values, common words of one token; lines of ` key: value`.
 
     Vocabularies are ordered by frequency, or by the merges that made them, so common words come first. On SmolLM2-135M
-    this form finds 0.88 of 16 pairs over 512 tokens; without punctuation, and with random filler, it is 0.02 to 0.41.
+    this form finds 0.91 of 16 pairs over 512 tokens; without punctuation it is 0.41, with random filler too 0.02.
     Raises DataError for a tokenizer with too few words.
     """
     texts = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), 16384))))

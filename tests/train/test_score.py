@@ -139,6 +139,8 @@ def test_a_masked_lm_is_scored_on_what_was_masked():
     masked_NL = masked_positions(rows_NL, [0, 255])
     assert masked_NL.sum(1).tolist() == [6, 6, 6]
     assert not masked_NL[:, 0].any()
+    few = masked_positions(torch.tensor([[0] * 38 + [7, 255]]), [0, 255])  # fewer tokens than would be masked
+    assert few.nonzero()[:, 1].tolist() == [38]
     inputs = rows_NL.masked_fill(masked_NL, 255)
     with torch.no_grad():
         loss = student(inputs, labels=rows_NL.masked_fill(~masked_NL, -100)).loss

@@ -18,6 +18,7 @@ from zoo.train.tasks import (
     BEFORE,
     QUESTION,
     Symbols,
+    _continue_with,
     mqar_accuracy,
     mqar_batch,
     passkey_parts,
@@ -163,6 +164,20 @@ def test_a_guesser_wins_one_choice_in_ten():
     scores = passkey_scores(noise, 32, examples=300)
     assert scores["exact"] < 0.02
     assert 0.05 < scores["choice"] < 0.16
+
+
+def test_every_number_goes_on_from_the_prompt():
+    """Log-probabilities from a carried state are those of prompt and number in one piece."""
+    model = TASK_CLASSES["causal-lm"](ZooConfig(initializer_range=0.3)).eval()
+    prompt_L, numbers_Cn = torch.randint(256, (20,)), torch.randint(256, (10, 5))
+    with torch.no_grad():
+        logp_C, greedy = _continue_with(model, prompt_L, numbers_Cn)
+        whole = torch.cat([prompt_L.expand(10, -1), numbers_Cn], 1)
+        direct = model(whole).logits[:, 19:-1].log_softmax(-1).gather(-1, numbers_Cn[..., None]).sum((1, 2))
+        best_n = model.generate(prompt_L[None], max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 20:]
+        assert _continue_with(model, prompt_L, best_n[None])[1]
+    torch.testing.assert_close(logp_C, direct, rtol=1e-4, atol=1e-4)
+    assert not greedy
 
 
 def test_passkeys_in_text():
