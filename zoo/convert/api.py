@@ -273,7 +273,7 @@ def _report(
     if result is not None:
         report.measure = MEASURES[teacher.task]
         report.distance_before, report.distance = result.distance_before, result.distance_after
-        report.agreement, report.calibration_reverted = result.agreement, result.reverted
+        report.agreement = result.agreement
     return report
 
 

@@ -18,7 +18,7 @@ class LayerReport:
     of those that attention does not have; with the numbers in them. scan: distance from the teacher when only this
     layer is converted. error_before, error_after: squared error of the mixer's output, relative to the teacher's, on
     the student's own inputs, before and after its output projection was refitted. refit: "none", "scale", "plain" or
-    "weighted". tried: the distance with each refit that was tried, layers above being the teacher's.
+    "weighted". tried: the whole student's distance with each refit that was tried, and with none.
     """
 
     layer: int
@@ -59,7 +59,6 @@ class ConversionReport:
     distance_before: float | None = None
     distance: float | None = None
     agreement: float | None = None
-    calibration_reverted: bool = False
     data: str = "none"
     tokens: int = 0
     held_out_tokens: int = 0
@@ -100,8 +99,6 @@ class ConversionReport:
                 before = f" (before calibration {self.distance_before:.4g})"
             same = "" if self.agreement is None else f", same first choice {100 * self.agreement:.1f} %"
             lines.append(f"distance from the teacher: {self.distance:.4g} {self.measure}{before}{same}, on {tokens}")
-        if self.calibration_reverted:
-            lines.append("calibration was undone: the refits together did not bring the student closer")
         return "\n".join(lines)
 
     @staticmethod
