@@ -14,7 +14,8 @@ def token_positions(
     """Position of each token among the real tokens of its sequence, from 0: int64 (B, L), or (1, L) if all rows agree.
 
     mask_BL: False positions do not count (they get the position of the last real token before them, at least 0).
-    segments_BL: the count starts again where the id changes (the id of a masked position means nothing). seen_B: real tokens of the row in earlier calls.
+    segments_BL: the count starts again where the id changes (that of a masked position means nothing).
+    seen_B: real tokens of the row in earlier calls.
     """
     B, L = x_BLD.shape[:2]
     if mask_BL is None:
