@@ -14,4 +14,4 @@ def backends(as_json: JsonOption = False) -> None:
         print_json(rows)
         return
     cells = [(r["op"], r["backend"], "yes" if r["present"] else "no", r["why"]) for r in rows]
-    print_table("", ("op", "backend", "present", "why not"), cells)
+    print_table(("op", "backend", "present", "why not"), cells)

@@ -20,31 +20,37 @@ from zoo.cli.common import (
 
 
 def convert(
-    teacher: Annotated[str, typer.Argument(help="A Hub name, a folder, or a GGUF file.")],
-    out: Annotated[Path, typer.Option(help="Folder for the result.")],
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A Hub name, a folder, or a GGUF file.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the result.")],
     mixer: Annotated[
-        str | None, typer.Option(help="What replaces attention: a name of `zoo list --mixers`, or M+window.")
+        str | None,
+        typer.Option(metavar="M", help="What replaces attention: a name of `zoo list --mixers`, or M+window."),
     ] = None,
     keep: Annotated[
         str | None,
         typer.Option(
+            metavar="SPEC",
             help="Layers that keep attention: all, none, 0,8,17, first:K, last:K, uniform:1/3 or sensitivity:1/3 "
-            "(chosen by a scan). Default: none with a mixer, all without."
+            "(chosen by a scan). Default: none with a mixer, all without.",
         ),
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", help="An option of the mixer, such as window=64. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--option", "-o", metavar="KEY=VALUE", help="An option of the mixer, such as window=64. Repeatable."
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to scan and calibrate on: files, globs, or hf:NAME. Repeatable. Default: the teacher writes it."
+            metavar="FILES",
+            help="Text to scan and calibrate on: files, globs, or hf:NAME. Repeatable. Default: the teacher writes it.",
         ),
     ] = None,
     calibrate: Annotated[bool, typer.Option(help="Refit output projections where that helps.")] = True,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure on.")] = 2048,
-    length: Annotated[int, typer.Option(min=1, help="Tokens in a row.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to measure on.")] = 2048,
+    length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens in a row.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that is in --out.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -76,5 +82,5 @@ def convert(
     if report.mixer is not None:
         from zoo.convert.report import COLUMNS
 
-        print_table("", COLUMNS, [report._row(layer) for layer in report.layers], right=COLUMNS[2:7])
+        print_table(COLUMNS, [report._row(layer) for layer in report.layers], right=COLUMNS[2:7])
     say(f"saved in {out}; next: zoo score {out} --data FILES, or zoo generate {out} --prompt TEXT")

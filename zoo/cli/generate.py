@@ -12,17 +12,22 @@ from zoo.cli.common import JsonOption, load_tokenizer, only_json_on_stdout, prin
 
 def generate(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder of a saved model.")],
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="Longest answer, in tokens.")] = 100,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to go on from.")],
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=1 << 20, metavar="N", help="Longest answer, in tokens.")
+    ] = 100,
     temperature: Annotated[
-        float, typer.Option(min=0, max=100, help="0 takes the likeliest token; above, samples.")
+        float, typer.Option(min=0, max=100, metavar="T", help="0 takes the likeliest token; above, samples.")
     ] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this mass.")] = 1.0,
-    beams: Annotated[int, typer.Option(min=1, max=256, help="Beam search with this many beams.")] = 1,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, metavar="P", help="Sample from the likeliest tokens of this mass.")
+    ] = 1.0,
+    beams: Annotated[int, typer.Option(min=1, max=256, metavar="N", help="Beam search with this many beams.")] = 1,
     chat: Annotated[bool, typer.Option("--chat", help="Ask with the chat template of the tokenizer.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")] = 0,
     tokenizer: Annotated[
-        str | None, typer.Option(help="A folder, a Hub name, or bytes. Default: the one saved with the model.")
+        str | None,
+        typer.Option(metavar="NAME", help="A folder, a Hub name, or bytes. Default: the one saved with the model."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

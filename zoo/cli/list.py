@@ -11,9 +11,13 @@ from zoo.cli.common import JsonOption, print_json, print_table
 
 
 def list_(
-    pattern: Annotated[str, typer.Argument(help="A name, a part of one, or wildcards: 'mamba2-*'.")] = "*",
-    task: Annotated[str | None, typer.Option(help="Only models of this task, such as causal-lm.")] = None,
-    mixer: Annotated[str | None, typer.Option(help="Only models with a layer of this mixer.")] = None,
+    pattern: Annotated[
+        str, typer.Argument(metavar="PATTERN", help="A name, a part of one, or wildcards: 'mamba2-*'.")
+    ] = "*",
+    task: Annotated[
+        str | None, typer.Option(metavar="TASK", help="Only models of this task, such as causal-lm.")
+    ] = None,
+    mixer: Annotated[str | None, typer.Option(metavar="MIXER", help="Only models with a layer of this mixer.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Only models with published weights.")] = False,
     mixers: Annotated[bool, typer.Option("--mixers", help="List the sequence mixers instead of the models.")] = False,
     as_json: JsonOption = False,
@@ -27,10 +31,10 @@ def list_(
         print_json(rows)
     elif mixers:
         cells = [(r["name"], r["direction"], r["state"], r["about"]) for r in rows]
-        print_table("", ("mixer", "direction", "state", "about"), cells)
+        print_table(("mixer", "direction", "state", "about"), cells)
     else:
         cells = [(r["name"], r["task"], r["layers"], r["hidden_size"], r["mixers"], r["about"]) for r in rows]
-        print_table("", ("model", "task", "layers", "width", "mixers", "about"), cells, right=("layers", "width"))
+        print_table(("model", "task", "layers", "width", "mixers", "about"), cells, right=("layers", "width"))
 
 
 def _models(pattern: str, task: str | None, mixer: str | None, pretrained: bool) -> list[dict[str, Any]]:

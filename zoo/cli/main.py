@@ -53,9 +53,13 @@ def _options(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("demo"),
-    minutes: Annotated[float, typer.Option(min=0.1, max=10_000, help="Minutes of training for the student.")] = 3.0,
-    mixer: Annotated[str | None, typer.Option(help="What replaces attention; the default is what works best.")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the result.")] = Path("demo"),
+    minutes: Annotated[
+        float, typer.Option(min=0.1, max=10_000, metavar="N", help="Minutes of training for the student.")
+    ] = 3.0,
+    mixer: Annotated[
+        str | None, typer.Option(metavar="M", help="What replaces attention; the default is what works best.")
+    ] = None,
     as_json: JsonOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --out.")] = False,
 ) -> None:

@@ -29,23 +29,31 @@ def score(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text it was not trained on: files, globs, or hf:NAME. Default: what its run held out."),
+        typer.Option(
+            metavar="FILES",
+            help="Text it was not trained on: files, globs, or hf:NAME. Default: what its run held out.",
+        ),
     ] = None,
     untrained: Annotated[
-        Path | None, typer.Option(help="The student before training. Default: DIR/initial where there is one.")
+        Path | None,
+        typer.Option(metavar="DIR", help="The student before training. Default: DIR/initial where there is one."),
     ] = None,
     window: Annotated[
-        Path | None, typer.Option(help="A window of equal state bytes, trained the same way, as a baseline.")
+        Path | None,
+        typer.Option(metavar="DIR", help="A window of equal state bytes, trained the same way, as a baseline."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of text.")] = 20480,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of text.")] = 20480,
+    length: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens in a row.")] = 512,
     quick: Annotated[bool, typer.Option("--quick", help="A glance: fewer tokens and shorter lengths.")] = False,
     speed: Annotated[bool, typer.Option(help="Measure speed, the slowest part.")] = True,
     tokenizer: Annotated[
-        str | None, typer.Option(help="A folder, a Hub name, or bytes. Default: the teacher's, or the student's.")
+        str | None,
+        typer.Option(metavar="NAME", help="A folder, a Hub name, or bytes. Default: the teacher's, or the student's."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for score.json and plots. Default: DIR.")] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sample.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for score.json and plots. Default: DIR.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity, distance from the teacher, recall, state bytes and speed, beside the teacher and baselines."""
@@ -92,6 +100,7 @@ def score(
 
 def _held_out(folder: Path) -> Any:
     """The documents that the run in a folder did not train on, or None where no run is recorded."""
+    from zoo.errors import DataError
     from zoo.text import split_documents
     from zoo.train.folder import read_json
 
@@ -100,7 +109,10 @@ def _held_out(folder: Path) -> Any:
     if not names or not recipe.get("held_out"):
         return None
     source = names if isinstance(names, str) else [Path(name) for name in names]
-    return split_documents(source, recipe["held_out"], recipe["seed"])[1]
+    held_out = split_documents(source, recipe["held_out"], recipe["seed"])[1]
+    if next(iter(held_out), None) is None:
+        raise DataError(f"{folder}: its run held out none of the few documents in {names!r}; name others with --data")
+    return held_out
 
 
 def _costs(folders: dict[str, Path | None]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ LENGTHS = (512, 2048, 8192)
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A registered name, or the folder of a saved model.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A registered name, or the folder of a saved model.")],
     as_json: JsonOption = False,
 ) -> None:
     """Layers, parameters and state bytes of a model. Nothing is downloaded and no weights are made."""
@@ -43,9 +43,10 @@ def show(
         facts.insert(0, ("made from", info["origin"]))
     for length, size in info["state_bytes"].items():
         facts.append((f"state bytes at {int(length):,} tokens", "none" if size is None else f"{size:,}"))
-    print_table("", ("", ""), facts)
+    print_table((), facts)
+    print()
     rows = [(g["layers"], g["mixer"], g["options"], g["ffn"], f"{g['parameters']:,}") for g in info["layers"]]
-    print_table("\nlayers", ("layer", "mixer", "options", "channel mixer", "parameters each"), rows, right=("layer",))
+    print_table(("layer", "mixer", "options", "channel mixer", "parameters each"), rows, right=("layer",))
 
 
 def describe(name: str) -> dict[str, Any]:

@@ -8,10 +8,12 @@ import typer
 
 from zoo.cli.common import JsonOption, only_json_on_stdout, print_json, print_table, quiet_libraries, say
 
-RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that is installed.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that is installed.")
+]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to set, such as stages.0.lr=1e-3."),
+    typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe to set, such as stages.0.lr=1e-3."),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Remove the run that is in `out` and start anew.")]
 
@@ -58,7 +60,7 @@ def print_stages(summary: dict[str, Any]) -> None:
     """A line a stage."""
     names = list(dict.fromkeys(key for stage in summary["stages"] for key in stage))
     rows = [[_short(stage.get(name)) for name in names] for stage in summary["stages"]]
-    print_table("", names, rows, right=names[1:])
+    print_table(names, rows, right=names[1:])
 
 
 def _short(value: Any) -> str:
