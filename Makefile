@@ -7,6 +7,7 @@ JOBS ?= 2
 OUT ?= runs/demo
 MINUTES ?=
 MIXER ?=
+DEMO_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,7 +43,7 @@ $(DEMO): $(INSTALLED)
 
 demo: $(DEMO)
 	@echo "== converting a real teacher, result in $(OUT)"
-	@$(BIN)/zoo demo --out $(OUT) --overwrite $(if $(MINUTES),--minutes $(MINUTES)) $(if $(MIXER),--mixer $(MIXER))
+	@$(BIN)/zoo demo --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(MIXER),--mixer $(MIXER)) $(DEMO_ARGS)
 
 # One thread a process: two processes with one thread each beat one with two, and results do not depend on the machine.
 test: $(INSTALLED)

@@ -108,6 +108,7 @@ def _mixer_state_bytes(mixer: Any, length: int) -> int:
     if mixer.traits.state == "window":  # full long before that
         length = min(length, 2 * _largest_window(mixer.config.plain()) + 64)
     # Tensors with a shape and a device but no memory. (Not "meta" ones: autocast does not know that device.)
+    _shared_tables.cache_clear()  # of tensors that are real, and afterwards of those that are not
     try:
         with FakeTensorMode():
             return mixer_state_bytes(type(mixer)(mixer.config, mixer.width), length)

@@ -1,0 +1,119 @@
+"""zoo list, show, backends: tables, JSON, and what a misspelt name is answered with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import zoo
+from zoo.cli.show import LENGTHS, describe
+from zoo.models.state import state_bytes
+
+
+def test_list_shows_names_in_natural_order(run):
+    lines = run("list", "gpt2-*").out.splitlines()
+    assert lines[0].split() == ["model", "task", "layers", "width", "mixers", "about"]
+    assert [line.split()[0] for line in lines[1:]] == zoo.list_models("gpt2-*")
+
+
+def test_list_as_json(run):
+    rows = run("list", "--json").json()
+    assert [row["name"] for row in rows] == zoo.list_models()
+    row = next(row for row in rows if row["name"] == "windowed-linear-h-tiny")
+    assert row["mixers"] == "2 windowed_linear, 1 attention"
+    assert (row["layers"], row["hidden_size"], row["task"]) == (3, 64, "causal-lm")
+
+
+def test_list_filters(run):
+    assert [r["name"] for r in run("list", "bert", "--json").json()] == zoo.list_models("*bert*")
+    assert [r["name"] for r in run("list", "--task", "masked-lm", "--json").json()] == zoo.list_models(task="masked-lm")
+    names = [r["name"] for r in run("list", "--mixer", "mamba2", "--json").json()]
+    assert names == zoo.list_models("mamba2*")
+    assert run("list", "--pretrained", "--json").json() == []
+    assert run("list", "x*", "--json").json() == []
+
+
+def test_list_mixers(run):
+    rows = {row["name"]: row for row in run("list", "--mixers", "--json").json()}
+    assert sorted(rows) == zoo.list_mixers()
+    assert rows["attention"]["state"] == "grows"
+    assert rows["mamba2"]["direction"] == "causal"
+    assert "2405.21060" in rows["mamba2"]["about"]
+    assert "retention" in run("list", "--mixers").out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["list", "retnt"], "unknown model 'retnt'; did you mean 'retnet-tiny'"),
+        (["list", "--mixers", "mambo"], "unknown mixer 'mambo'; did you mean 'mamba2'?"),
+        (["list", "--mixer", "mamba"], "unknown mixer 'mamba'; did you mean 'mamba2'?"),
+        (["list", "--task", "causal_lm"], "unknown task 'causal_lm'; did you mean 'causal-lm'?"),
+        (["show", "mamba2-130"], "unknown model 'mamba2-130'; did you mean 'mamba2-130m'"),
+        (["show", "./nothing"], "nothing: no such folder"),
+    ],
+)
+def test_misspelt_names(run, args, message):
+    assert run(*args).error.startswith(message)
+
+
+@pytest.mark.parametrize("name", zoo.list_models("*-tiny"))
+def test_show_counts_what_a_real_model_has(name):
+    info = describe(name)
+    model = zoo.create_model(name).eval()
+    assert info["parameters"] == sum(p.numel() for p in model.parameters())
+    embeddings = sum(p.numel() for n, p in model.named_parameters() if "embed" in n and "norm" not in n)
+    assert info["parameters_without_embeddings"] == info["parameters"] - embeddings
+    assert sum(_count(group["layers"]) for group in info["layers"]) == model.config.num_hidden_layers
+    for length in LENGTHS[:1]:
+        counted = info["state_bytes"][str(length)]
+        if model.config.task != "causal-lm":
+            assert counted is None
+        else:
+            cache = model(torch.ones(1, length, dtype=torch.long), use_cache=True).past_key_values
+            assert counted == state_bytes(cache)
+
+
+def _count(layers: str) -> int:
+    first, _, last = layers.partition("-")
+    return int(last or first) - int(first) + 1
+
+
+def test_show_collapses_equal_layers(run):
+    assert [g["layers"] for g in describe("windowed-linear-h-tiny")["layers"]] == ["0-1", "2"]
+    assert [g["layers"] for g in describe("gated-deltanet-h-tiny")["layers"]] == ["0", "1", "2", "3"]
+    shown = run("show", "mamba2-2.7b").out
+    assert "0-63  mamba2" in shown
+    assert "2,702,599,680" in shown
+    assert "171,900,928" in shown
+
+
+def test_show_counts_multiplications_of_linear_layers():
+    info = describe("transformer-tiny")
+    a_layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128
+    assert info["linear_flops_per_token"] == 2 * (2 * a_layer + 64 * 256)
+    assert info["state_bytes"] == {str(n): 2 * 2 * 2 * 16 * 4 * n for n in LENGTHS}
+    assert describe("gpt2-tiny")["state_bytes"]["2048"] is None  # beyond its learned positions
+
+
+def test_show_leaves_nothing_behind():
+    describe("transformer-tiny")
+    assert torch.isfinite(zoo.create_model("transformer-tiny")(torch.ones(1, 8, dtype=torch.long)).logits).all()
+
+
+def test_show_of_a_folder(run, student):
+    info = run("show", student, "--json").json()
+    assert [g["mixer"] for g in info["layers"]] == ["windowed_linear", "attention", "windowed_linear"]
+    assert info["origin"]
+    assert "made from" in run("show", student).out
+
+
+def test_show_of_a_foreign_folder(run, teacher):
+    assert "model_type is 'llama', not 'zoo'; `zoo convert" in run("show", teacher).error
+
+
+def test_backends(run):
+    rows = run("backends", "--json").json()
+    assert rows == zoo.backends()
+    assert {"attention", "delta_rule", "linear_recurrence", "short_conv", "window_attention"} <= {r["op"] for r in rows}
+    assert "sdpa" in run("backends").out
