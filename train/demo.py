@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from zoo.convert.api import convert, save_converted
 from zoo.convert.baseline import is_window, window_baseline
 from zoo.convert.surgery import replace_mixers
 from zoo.convert.teachers import Teacher, load_teacher
-from zoo.errors import ConversionError, DataError
+from zoo.errors import CheckpointError, ConversionError, DataError
 from zoo.text import Documents, sample_tokens, split_documents
 from zoo.train.api import distill
 from zoo.train.card import write_card
@@ -73,6 +74,7 @@ class Demo:
     def run(self) -> Score:
         """All steps. A run that was stopped goes on from its last checkpoint when it is started again."""
         start = time.time()
+        self.claim()
         self.prepare()
         student = self.step("Scan, convert, calibrate", self.convert)
         untrained = replace_mixers(student, {})
@@ -106,6 +108,19 @@ class Demo:
         self.generate()
         self.say(f"\nDone in {(time.time() - start) / 60:.1f} minutes; everything is in {self.options.out}.")
         return result
+
+    def claim(self) -> None:
+        """Take the folder: a new one, or an earlier demo's, to go on with or, with `overwrite`, to begin again."""
+        out, mark = self.options.out, self.options.out / "demo.json"
+        if out.exists() and not out.is_dir():
+            raise CheckpointError(f"{out}: is a file, not a folder for the demo")
+        if out.is_dir() and any(out.iterdir()) and not mark.is_file():
+            raise CheckpointError(f"{out}: holds something that is not a demo; choose another folder with --out")
+        if self.options.overwrite:
+            for name in ("untrained", "student", "window"):
+                shutil.rmtree(out / name, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        mark.write_text(json.dumps({"command": self.options.command, "version": zoo.__version__}) + "\n")
 
     def say(self, text: str) -> None:
         """A line for people, not in `--json`'s way."""
@@ -165,7 +180,6 @@ class Demo:
             stages=stages,
             out=self.options.out / name,
             tokenizer=self.teacher.tokenizer,
-            overwrite=self.options.overwrite,
             progress=not self.options.quiet,
         )
 
