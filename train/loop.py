@@ -139,7 +139,7 @@ class StageLoop:
 
     def _prepare_data(self) -> None:
         run, stage = self.run_, self.stage
-        shape = {"batch_size": stage.batch_size, "length": stage.length, "packing": stage.packing}
+        shape: dict[str, Any] = {"batch_size": stage.batch_size, "length": stage.length, "packing": stage.packing}
         world = self.accelerator.num_processes
         self.step_tokens = stage.batch_size * stage.length * stage.accumulate * world
         again = None

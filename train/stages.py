@@ -92,7 +92,7 @@ def make_optimizer(student: Any, groups: list[Group], stage: Stage) -> torch.opt
         ):
             if members:
                 parts.append({"params": members, "lr": group.lr, "weight_decay": decay})
-    return torch.optim.AdamW(parts, betas=tuple(stage.betas), eps=stage.eps, fused=_fused(parts))
+    return torch.optim.AdamW(parts, betas=(stage.betas[0], stage.betas[1]), eps=stage.eps, fused=_fused(parts))
 
 
 def _fused(parts: list[dict[str, Any]]) -> bool:

@@ -244,7 +244,8 @@ class ZooConfig(PreTrainedConfig):
             if name in values:
                 setattr(self, name, values[name])
             else:
-                setattr(self, name, field.default_factory() if field.default is MISSING else field.default)
+                made = field.default is MISSING and field.default_factory is not MISSING
+                setattr(self, name, field.default_factory() if made else field.default)  # type: ignore[operator]
         self.use_cache = bool(values.get("use_cache", True))
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(self, name, values.get(name))

@@ -9,6 +9,11 @@ import typer
 
 from zoo.cli.common import JsonOption, print_json, print_table
 
+MIXER_COLUMNS = {"mixer": "name", "direction": "direction", "state": "state", "about": "about"}
+MODEL_COLUMNS = {
+    "model": "name", "task": "task", "layers": "layers", "width": "hidden_size", "mixers": "mixers", "about": "about",
+}  # fmt: skip
+
 
 def list_(
     pattern: Annotated[
@@ -29,12 +34,9 @@ def list_(
         _say_what_is_near(pattern, mixers)
     if as_json:
         print_json(rows)
-    elif mixers:
-        cells = [(r["name"], r["direction"], r["state"], r["about"]) for r in rows]
-        print_table(("mixer", "direction", "state", "about"), cells)
-    else:
-        cells = [(r["name"], r["task"], r["layers"], r["hidden_size"], r["mixers"], r["about"]) for r in rows]
-        print_table(("model", "task", "layers", "width", "mixers", "about"), cells, right=("layers", "width"))
+        return
+    keys = MIXER_COLUMNS if mixers else MODEL_COLUMNS
+    print_table(list(keys), [[row[key] for key in keys.values()] for row in rows], right=("layers", "width"))
 
 
 def _models(pattern: str, task: str | None, mixer: str | None, pretrained: bool) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ parallel:   x = x + mixer(norm_1(x)) + ffn(norm_2(x))                  GPT-NeoX
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,9 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         self.order = spec.block
         self.mixer_norm = make_norm(spec)
-        self.mixer = mixer_class(layer.mixer.name)(layer.mixer, spec.hidden_size)
-        self.ffn_norm = self.ffn = None
+        self.mixer: Any = mixer_class(layer.mixer.name)(layer.mixer, spec.hidden_size)
+        self.ffn_norm: nn.Module | None = None
+        self.ffn: nn.Module | None = None
         if layer.ffn is not None:
             self.ffn_norm = make_norm(spec)
             self.ffn = ffn_class(layer.ffn.name)(layer.ffn, spec.hidden_size)
@@ -54,9 +56,11 @@ class Block(GradientCheckpointingLayer):
         if self.order == "post_norm":
             y_BLD, state = mix(x_BLD)
             x_BLD = self.mixer_norm(x_BLD + y_BLD)
-            return (x_BLD if self.ffn is None else self.ffn_norm(x_BLD + self.ffn(x_BLD))), state
+            if self.ffn is None or self.ffn_norm is None:
+                return x_BLD, state
+            return self.ffn_norm(x_BLD + self.ffn(x_BLD)), state
         y_BLD, state = mix(self.mixer_norm(x_BLD))
-        if self.ffn is None:
+        if self.ffn is None or self.ffn_norm is None:
             return x_BLD + y_BLD, state
         if self.order == "parallel":
             return x_BLD + y_BLD + self.ffn(self.ffn_norm(x_BLD)), state
@@ -71,8 +75,11 @@ class ZooPreTrainedModel(PreTrainedModel):
     config: ZooConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["Block"]  # noqa: RUF012 (transformers adds to it)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    if TYPE_CHECKING:
+        generate: Callable[..., Any]  # of the heads that have it
+
     _supports_sdpa = True
     _supports_flash_attn = True
     _can_compile_fullgraph = True
@@ -83,8 +90,8 @@ class ZooPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.RMSNorm | nn.LayerNorm):
             if module.weight is not None:
                 init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                init.zeros_(bias)
         elif isinstance(module, SequenceMixer) or (hasattr(module, "reset_parameters") and _is_ours(module)):
             module.reset_parameters(std)  # type: ignore[operator]
         elif isinstance(module, nn.Linear):
@@ -112,7 +119,7 @@ class ZooModel(ZooPreTrainedModel):
             self.embed_token_types = nn.Embedding(spec.token_types, spec.hidden_size)
         self.embed_norm = make_norm(spec) if spec.embedding_norm else None
         self.dropout = nn.Dropout(spec.embedding_dropout)
-        self.layers = nn.ModuleList(Block(spec, layer) for layer in spec.layers)
+        self.layers: Any = nn.ModuleList(Block(spec, layer) for layer in spec.layers)  # whose type forgets the Blocks
         self.norm = make_norm(spec) if spec.final_norm else None
         self.gradient_checkpointing = False
         mixers = [m for m in self.modules() if isinstance(m, SequenceMixer)]
@@ -147,10 +154,9 @@ class ZooModel(ZooPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        L = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        x_BLD: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache, segment_ids)
-        mask_BL = self._mask(attention_mask, L)
-        x_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        mask_BL = self._mask(attention_mask, x_BLD.shape[1])
         x_BLD = self._embed(x_BLD, mask_BL, token_type_ids, segment_ids, cache)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden = []
@@ -230,4 +236,4 @@ class ZooModel(ZooPreTrainedModel):
         kind, dtype = x_BLD.device.type, x_BLD.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        return self.layers[i].mixer.init_state(x_BLD.shape[0], device=x_BLD.device, dtype=dtype)  # type: ignore[operator]
+        return self.layers[i].mixer.init_state(x_BLD.shape[0], device=x_BLD.device, dtype=dtype)

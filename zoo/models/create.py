@@ -81,7 +81,7 @@ def _refuse_outside_files(folder: Path) -> None:
 
 def _load(source: str | Path, **options: Any) -> ZooPreTrainedModel:
     config = ZooConfig.from_pretrained(source, **{k: options[k] for k in ("revision",) if k in options})
-    cls = TASK_CLASSES[config.task]
+    cls: Any = TASK_CLASSES[config.task]  # transformers does not say that two things can come back
     try:
         # Never a pickle: loading one runs whatever its author wrote. Wrong sizes are named below, with the config.
         fixed: dict[str, Any] = {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}

@@ -126,11 +126,11 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
 
     def __init__(self, config: ZooConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels or 0)
         self.model = ZooModel(config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if config.pooler else None
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     def forward(

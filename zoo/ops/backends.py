@@ -92,7 +92,9 @@ def dispatch(op: str, backend: str | None, *args, **kwargs):
 def _say_once(op: str, name: str, why: str) -> None:
     if (op, name) not in _SAID:
         _SAID.add((op, name))
-        logger.warning("%s: not using %s (%s); a portable backend runs instead. `zoo backends` lists all.", op, name, why)
+        logger.warning(
+            "%s: not using %s (%s); a portable backend runs instead. `zoo backends` lists all.", op, name, why
+        )
 
 
 def backends() -> list[dict]:

@@ -200,7 +200,7 @@ def window_attention_reference(
                     if (near or sink or everywhere) and (j <= i or not causal):
                         seen.append(other)
                 keys_GNK, values_GNV = k_BGSK[b, :, seen], v_BGSV[b, :, seen]
-                if given:
+                if given and sink_kv is not None:
                     p = i if positions_BL is None else int(positions_BL[b, t])
                     far = [j for j in range(sink_kv[0].shape[2]) if (p - j if causal else abs(p - j)) >= window]
                     keys_GNK = torch.cat([sink_kv[0][b, :, far], keys_GNK], 1)
