@@ -83,7 +83,7 @@ def test_the_version_is_stated_once_in_effect():
 
 def test_every_third_party_import_is_declared():
     declared = {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "accelerate", "datasets"}
-    declared |= {"torchdata", "pydantic", "yaml", "typer", "rich", "numpy"}  # core
+    declared |= {"pydantic", "yaml", "typer", "rich", "numpy"}  # core
     declared |= {"gguf", "matplotlib", "timm", "flash_attn", "causal_conv1d"}  # extras
     declared |= {"pyarrow", "pandas"}  # come with datasets
     found = set()

@@ -8,6 +8,7 @@ a package, a part of which is held out by document: nothing is fitted to or chos
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
 import json
 import shutil
@@ -41,6 +42,7 @@ MIXER = "linear_attention+window"
 MIXER_OPTIONS = {"window": 128, "sinks": 4, "linear": {"name": "linear_attention", "feature_map": "hedgehog"}}
 KEEP = 6
 HELD_OUT = 0.25
+NEW_RATE, COPIED_RATE = 1e-2, 1e-4
 LENGTH = 512
 PROMPT = "Explain in two sentences why the sky is blue."
 CURVE = (0, 3, 6, 10, 15, 20, 25, 30)
@@ -170,8 +172,8 @@ class Demo:
         cpu = 60 * self.options.minutes * torch.get_num_threads()
         rows = {"length": LENGTH, "batch_size": 2, "packing": "joined"}
         stages = [
-            {"kind": "align", "budget": {"cpu_seconds": 0.2 * cpu}, "lr": 1e-3, **rows},
-            {"kind": "distill", "budget": {"cpu_seconds": 0.8 * cpu}, "lr": 5e-4, **rows},
+            {"kind": "align", "budget": {"cpu_seconds": 0.1 * cpu}, "train": rates(model), **rows},
+            {"kind": "distill", "budget": {"cpu_seconds": 0.9 * cpu}, "train": rates(model), **rows},
         ]
         return distill(
             model,
@@ -235,6 +237,13 @@ class Demo:
             made = model.generate(**ids, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id)
             text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
             self.console.print(f"{name}: {text}", markup=False, highlight=False)
+
+
+def rates(model: Any) -> dict[str, float]:
+    """Learning rates: high for what attention did not have (gates, feature maps), low for what was copied from it."""
+    names = [name for name, _ in model.named_parameters()]
+    new = [p for p in ("*.mix_logit_H", "*.gain_H", "*.linear.*") if fnmatch.filter(names, p)]
+    return {**dict.fromkeys(new, NEW_RATE), "mixers": COPIED_RATE}
 
 
 def find_teacher() -> str:
