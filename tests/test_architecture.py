@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from zoo import ops
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "zoo").rglob("*.py"), *(ROOT / "train").rglob("*.py")])
 # Low to high. A file may import its own level and those below; inside a function it may reach up, which is how the
@@ -117,6 +119,23 @@ def test_public_things_are_described(path):
 
     visit(tree, False)
     assert missing == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_public_functions_have_types(path):
+    missing = []
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for owner in [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))]:
+        for node in owner.body:
+            if not isinstance(node, ast.FunctionDef) or (node.name.startswith("_") and node.name != "__init__"):
+                continue
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            untyped = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+            if untyped or node.returns is None:
+                missing.append((node.name, untyped))
+    if path.parts[-2] == "ops":  # what is public there is the list in its __init__
+        missing = [item for item in missing if item[0] in ops.__all__]
+    assert path.name.startswith("_testing") or missing == []
 
 
 def test_no_leftovers():
