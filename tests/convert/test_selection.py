@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import combinations
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from conftest import motif_rows
 
 from zoo.convert.layerwise import Trace, embed, mixer_input
-from zoo.convert.selection import parse_keep, select_layers, sensitivity_scan
+from zoo.convert.selection import parse_keep, restore_scan, select_layers, sensitivity_scan
 from zoo.convert.stats import StatsSum
-from zoo.convert.surgery import replace_mixers
+from zoo.convert.surgery import make_mixer, replace_mixers
 from zoo.convert.teachers import load_teacher
 from zoo.errors import ConversionError
 
@@ -179,10 +180,40 @@ def test_scan_for_other_families(family, request):
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-2, atol=1e-7)
 
 
-def test_selection_keeps_the_layer_that_is_missed_most(trained_llama):
-    trace = Trace(trained_llama.model, motif_rows(4, 24, seed=0), fast=False)
-    kept, scores = select_layers(trained_llama.model, WINDOW, 1, trace)
-    assert kept == [max(range(3), key=lambda i: scores[i])]
+def joint_kl(model, kept, tokens):
+    return brute_force_kl(model, replace_mixers(model, {i: WINDOW for i in range(3) if i not in kept}), tokens)
+
+
+@pytest.mark.parametrize("rows_at_once", [2048, 50])
+def test_restoring_equals_swapping_whole_models(trained_llama, rows_at_once, monkeypatch):
+    monkeypatch.setattr("zoo.convert.layerwise.TOKENS_AT_ONCE", rows_at_once)
+    model, tokens = trained_llama.model, motif_rows(5, 24, seed=0)
+    mixers = {i: make_mixer(model, i, WINDOW) for i in range(3)}
+    found = restore_scan(model, mixers, Trace(model, tokens, fast=False))
+    none = joint_kl(model, [], tokens)
+    expected = [none - joint_kl(model, [i], tokens) for i in range(3)]
+    assert max(expected) > 0.1
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-5)
+    assert [b.mixer.name for b in model.model.layers] == ["attention"] * 3
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_selection_is_the_best_there_is_on_a_small_model(trained_llama, count):
+    model, tokens = trained_llama.model, motif_rows(4, 24, seed=0)
+    chosen = select_layers(model, WINDOW, count, Trace(model, tokens, fast=False))
+    choices = [list(c) for c in combinations(range(3), count)]
+    assert joint_kl(model, chosen.kept, tokens) == min(joint_kl(model, kept, tokens) for kept in choices)
+
+
+def test_a_layer_must_be_missed_and_gain_to_rank_high(trained_llama, monkeypatch):
+    model = trained_llama.model
+    trace = Trace(model, motif_rows(2, 16, seed=0), fast=False)
+    monkeypatch.setattr("zoo.convert.selection.sensitivity_scan", lambda *a, **k: [3.0, 2.0, 0.1])
+    monkeypatch.setattr("zoo.convert.selection.restore_scan", lambda *a, **k: [-1.0, 0.5, 0.6])
+    assert select_layers(model, WINDOW, 1, trace).kept == [1]
+    assert select_layers(model, WINDOW, 2, trace).kept == [1, 2]
+    monkeypatch.setattr("zoo.convert.selection.restore_scan", lambda *a, **k: [0.0, 0.0, 0.0])
+    assert select_layers(model, WINDOW, 1, trace).kept == [0]  # nothing gains: by what is missed
 
 
 def test_exchanges_find_a_better_pair_than_a_wrong_start(trained_llama, monkeypatch):
@@ -191,13 +222,10 @@ def test_exchanges_find_a_better_pair_than_a_wrong_start(trained_llama, monkeypa
     trace = Trace(model, tokens, fast=False)
     scores = sensitivity_scan(model, WINDOW, trace=trace)
     monkeypatch.setattr("zoo.convert.selection.sensitivity_scan", lambda *a, **k: [-s for s in scores])
-    start, _ = select_layers(model, WINDOW, 1, trace)
-    end, _ = select_layers(model, WINDOW, 1, trace, rounds=5)
-
-    def joint(kept):
-        return brute_force_kl(model, replace_mixers(model, {i: WINDOW for i in range(3) if i not in kept}), tokens)
-
+    monkeypatch.setattr("zoo.convert.selection.restore_scan", lambda *a, **k: [0.0] * 3)
+    start = select_layers(model, WINDOW, 1, trace).kept
+    end = select_layers(model, WINDOW, 1, trace, rounds=5).kept
     assert start != end
-    assert joint(end) < joint(start)
-    assert joint(end) == pytest.approx(min(joint([i]) for i in range(3)))
+    assert joint_kl(model, end, tokens) < joint_kl(model, start, tokens)
+    assert joint_kl(model, end, tokens) == pytest.approx(min(joint_kl(model, [i], tokens) for i in range(3)))
     assert [b.mixer.name for b in model.model.layers] == ["attention"] * 3

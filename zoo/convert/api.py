@@ -17,7 +17,7 @@ from torch import Tensor
 from zoo.convert import calibration
 from zoo.convert.layerwise import MEASURES, Trace
 from zoo.convert.report import ConversionReport, LayerReport
-from zoo.convert.selection import Keep, KeepSpec, parse_keep, select_layers
+from zoo.convert.selection import Keep, KeepSpec, Selection, parse_keep, select_layers
 from zoo.convert.surgery import (
     MixerSpec,
     attention_layers,
@@ -56,7 +56,7 @@ def convert(
         mixer: what replaces attention: a registered name ("gated_delta_net"), "M+window" (a linear mixer beside a
             sliding window), or a mapping of options with "name". None imports the teacher exactly.
         keep: the layers that keep attention: "all" (the default without a mixer), "none" (the default with one), a list
-            of indices, "first:K", "last:K", "uniform:1/3", "sensitivity:1/3" (chosen by a scan of one layer at a time,
+            of indices, "first:K", "last:K", "uniform:1/3", "sensitivity:1/3" (chosen by scans of one layer at a time,
             with ",rounds=3" refined by exchanges). K is a number of layers or a share of them.
         mixer_options: options of the mixer, such as ``{"window": 128}``.
         data: text to measure on: files, a glob, "hf:NAME", documents, or token ids (rows, length). By default a causal
@@ -212,13 +212,13 @@ def _convert(
     clock: _Clock,
     progress: bool,
 ) -> tuple[ZooPreTrainedModel, ConversionReport]:
-    model, kept, scores, result = teacher.model, wanted.layers, None, None
+    model, kept, chosen, result = teacher.model, wanted.layers, None, None
     trace = None if tokens_NL is None else Trace(model, tokens_NL)
     clock.lap("teacher")
     if kept is None:
         assert trace is not None
-        chosen, scores = select_layers(model, spec, wanted.count, trace, rounds=wanted.rounds, progress=progress)
-        kept = tuple(chosen)
+        chosen = select_layers(model, spec, wanted.count, trace, rounds=wanted.rounds, progress=progress)
+        kept = tuple(chosen.kept)
         clock.lap("scan")
     layers = [i for i in attention_layers(model) if i not in kept]
     student = replace_mixers(model, dict.fromkeys(layers, spec), None if trace is None else trace.stats)
@@ -227,7 +227,7 @@ def _convert(
         candidates = calibration.CANDIDATES if refit else ()
         result = calibration.calibrate(student, trace, layers, candidates=candidates, progress=progress)
         clock.lap("calibrate" if refit else "measure")
-    report = _report(teacher, student, spec, "", scores, result, described)
+    report = _report(teacher, student, spec, "", chosen, result, described)
     report.tokens = 0 if tokens_NL is None else tokens_NL.numel()
     report.held_out_tokens = 0 if result is None else len(result.held_out_rows) * trace.tokens_NL.shape[1]  # type: ignore[union-attr]
     return student, report
@@ -238,7 +238,7 @@ def _report(
     student: ZooPreTrainedModel,
     spec: Any,
     keep: str,
-    scores: list[float] | None,
+    chosen: Selection | None,
     result: calibration.CalibrationResult | None,
     described: Mapping[int, tuple[list[str], list[str]]] | None = None,
 ) -> ConversionReport:
@@ -247,7 +247,8 @@ def _report(
     for i, block in enumerate(student.model.layers):
         names = described.get(i)
         row = LayerReport(layer=i, mixer=block.mixer.name, kept=names is None)
-        row.scan = None if scores is None else scores[i]
+        if chosen is not None:
+            row.missed, row.restored = chosen.missed[i], chosen.restored[i]
         if names is not None:
             sizes = {name: parameter.numel() for name, parameter in block.mixer.named_parameters()}
             row.copied, row.new = names

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-COLUMNS = ("layer", "mixer", "copied", "new", "scan", "error before", "error after", "refit")
+COLUMNS = ("layer", "mixer", "copied", "new", "missed", "restored", "error before", "error after", "refit")
 
 
 @dataclass(kw_only=True)
@@ -15,10 +15,12 @@ class LayerReport:
     """One layer of a student.
 
     kept: whether it still is the teacher's. copied, new: names of the mixer's parameters that are the teacher's, and
-    of those that attention does not have; with the numbers in them. scan: distance from the teacher when only this
-    layer is converted. error_before, error_after: squared error of the mixer's output, relative to the teacher's, on
-    the student's own inputs, before and after its output projection was refitted. refit: "none", "scale", "plain" or
-    "weighted". tried: the whole student's distance with each refit that was tried, and with none.
+    of those that attention does not have; with the numbers in them. missed: distance from the teacher when only this
+    layer is converted. restored: how much closer the fully converted student comes when only this layer is attention
+    again. Both where layers were chosen by a scan. error_before, error_after: squared error of the mixer's output,
+    relative to the teacher's, on the student's own inputs, before and after its output projection was refitted.
+    refit: "none", "scale", "plain" or "weighted". tried: the whole student's distance with each refit that was tried,
+    and with none.
     """
 
     layer: int
@@ -28,7 +30,8 @@ class LayerReport:
     new: list[str] = field(default_factory=list)
     copied_parameters: int = 0
     new_parameters: int = 0
-    scan: float | None = None
+    missed: float | None = None
+    restored: float | None = None
     error_before: float | None = None
     error_after: float | None = None
     refit: str = "none"
@@ -106,11 +109,12 @@ class ConversionReport:
         def number(value: float | None) -> str:
             return "" if value is None else f"{value:.4g}"
 
+        scans = (number(layer.missed), number(layer.restored))
         if layer.kept:
-            return (str(layer.layer), f"{layer.mixer} (kept)", "", "", number(layer.scan), "", "", "")
+            return (str(layer.layer), f"{layer.mixer} (kept)", "", "", *scans, "", "", "")
         counts = (f"{layer.copied_parameters:,}", f"{layer.new_parameters:,}")
         errors = (number(layer.error_before), number(layer.error_after))
-        return (str(layer.layer), layer.mixer, *counts, number(layer.scan), *errors, layer.refit)
+        return (str(layer.layer), layer.mixer, *counts, *scans, *errors, layer.refit)
 
 
 def _finite(value: Any) -> Any:

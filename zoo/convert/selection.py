@@ -1,12 +1,18 @@
-"""Which layers keep attention: a list, a rule, or a scan that swaps one layer at a time.
+"""Which layers keep attention: a list, a rule, or a scan that changes one layer at a time.
 
-The scan is worth more than minutes of training: with SmolLM2-135M and a window of 64, ten layers chosen by it leave a
-KL of 0.088 without any training, every third layer 0.201 (and 0.122 after 700 CPU-seconds of distillation). Published
-KL-guided selections train a student for each layer; here nothing is trained.
+What a layer is worth depends on what the others are, so it is asked from both ends: how far the teacher moves away
+when only that layer is converted ("missed"), and how much closer the fully converted student comes when only that
+layer is attention again ("restored"). Layers rank by the product. Either number alone can mislead: in SmolLM2-135M
+with a window of 64, the early layers are missed most alone, but restoring them in a converted student gains nothing.
+Six layers of 30, chosen on 2048 tokens of film reviews, without any training, KL on 2048 other tokens: none kept
+0.152 (on the tokens of the choice), by "missed" 0.146, by "restored" 0.080, by the product 0.068, which are also the
+six that a greedy search finds. Published KL-guided selections train a student for each layer; here nothing is
+trained.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,7 +110,7 @@ def sensitivity_scan(
     trace: Trace | None = None,
     progress: bool = False,
 ) -> list[float]:
-    """How much each attention layer is missed: the distance from the teacher when only that layer is `candidate`.
+    """How much each attention layer is missed alone: the distance from the teacher when only that layer is `candidate`.
 
     Args:
         teacher: a zoo model with attention layers.
@@ -129,6 +135,34 @@ def sensitivity_scan(
     return scores
 
 
+@torch.no_grad()
+def restore_scan(
+    teacher: ZooPreTrainedModel,
+    mixers: Mapping[int, nn.Module],
+    trace: Trace,
+    *,
+    progress: bool = False,
+) -> list[float]:
+    """How much closer the student with all of `mixers` comes when only one layer is the teacher's attention again.
+
+    The counterpart of `sensitivity_scan`, in its unit and at its cost; negative where a layer's attention would do
+    harm among converted ones. 0.0 for layers without a mixer, and where distances are not finite.
+    """
+    with fast_autocast(teacher, trace.fast):
+        now, alone = _toggled(teacher, mixers, [], trace, progress=progress)
+    gains = {i: now - distance for i, distance in alone.items()}
+    return [g if math.isfinite(g := gains.get(i, 0.0)) else 0.0 for i in range(len(teacher.model.layers))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The layers that keep attention, and for every layer the numbers of the two scans."""
+
+    kept: list[int]
+    missed: list[float]
+    restored: list[float]
+
+
 def select_layers(
     teacher: ZooPreTrainedModel,
     candidate: MixerSpec,
@@ -138,26 +172,26 @@ def select_layers(
     rounds: int = 1,
     stats: Mapping[int, AttentionStats] | None = None,
     progress: bool = False,
-) -> tuple[list[int], list[float]]:
-    """The `count` layers that keep attention, and the scan's number for every layer.
+) -> Selection:
+    """The `count` layers that keep attention when the others become `candidate`; see the module docstring.
 
-    One round is the plain scan: the layers that are missed most. What layers are worth together is not the sum of
-    what each is worth alone, so every further round scans again from where the choice stands, exchanges the converted
+    The first round is the two scans. Every further round scans from where the choice stands, exchanges the converted
     layer that would gain most for the kept one that would lose least, and keeps the exchange if the student as a whole
-    comes closer. It stops early where no exchange helps. A round costs as much as the scan.
+    comes closer; the rounds end where no exchange helps. A further round costs as much as one scan.
     """
     stats = trace.stats if stats is None else stats
-    scores = sensitivity_scan(teacher, candidate, stats=stats, trace=trace, progress=progress)
     have = attention_layers(teacher)
-    kept = sorted(sorted(have, key=lambda i: scores[i], reverse=True)[:count])
-    if rounds > 1 and 0 < count < len(have):
-        mixers = {i: make_mixer(teacher, i, candidate, stats.get(i)) for i in have}
-        for _ in track(range(rounds - 1), "exchanging layers", progress):
-            better = _exchange(teacher, mixers, kept, trace)
-            if better is None:
-                break
-            kept = better
-    return kept, scores
+    missed = sensitivity_scan(teacher, candidate, stats=stats, trace=trace, progress=progress)
+    mixers = {i: make_mixer(teacher, i, candidate, stats.get(i)) for i in have}
+    restored = restore_scan(teacher, mixers, trace, progress=progress)
+    best = sorted(have, key=lambda i: (missed[i] * max(restored[i], 0.0), missed[i]), reverse=True)
+    kept = sorted(best[:count])
+    for _ in track(range(rounds - 1 if 0 < count < len(have) else 0), "exchanging layers", progress):
+        better = _exchange(teacher, mixers, kept, trace)
+        if better is None:
+            break
+        kept = better
+    return Selection(kept=kept, missed=missed, restored=restored)
 
 
 @torch.no_grad()
@@ -176,7 +210,13 @@ def _exchange(
 
 
 def _toggled(
-    teacher: ZooPreTrainedModel, mixers: Mapping[int, nn.Module], kept: list[int], trace: Trace, each: bool = True
+    teacher: ZooPreTrainedModel,
+    mixers: Mapping[int, nn.Module],
+    kept: list[int],
+    trace: Trace,
+    *,
+    each: bool = True,
+    progress: bool = False,
 ) -> tuple[float, dict[int, float]]:
     """The student's distance, and for each layer the distance if only that layer were the other of its two forms."""
     blocks, rows = list(teacher.model.layers), range(len(trace.tokens_NL))
@@ -186,7 +226,8 @@ def _toggled(
         for i in mixers:
             blocks[i].mixer = old[i] if i in kept else mixers[i]
         x_NLD = trace.inputs[0]
-        for i, block in enumerate(blocks):
+        for i in track(range(len(blocks)), "which layers gain from attention", progress):
+            block = blocks[i]
             if each and i in mixers:
                 with mixer_swapped(block, mixers[i] if i in kept else old[i]):
                     distances[i] = trace.distance(i, x_NLD, rows, blocks)
