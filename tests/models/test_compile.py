@@ -18,9 +18,9 @@ def _fresh():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", zoo.list_models("*-tiny"))
+@pytest.mark.parametrize("name", [name for name in zoo.list_models("*-tiny") if not name.endswith("-h-tiny")])
 def test_the_forward_has_no_graph_break(name, masked, make, ids_BL):
-    model = make(name)
+    model = make(name, layers={"num_hidden_layers": 1})  # compiling takes as long as there are layers
     mask_BL = None
     if masked:
         mask_BL = torch.ones_like(ids_BL)
