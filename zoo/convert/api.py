@@ -55,21 +55,18 @@ def convert(
         teacher: a Hub name, a folder, a GGUF file, a transformers model, a zoo model, or a `Teacher`.
         mixer: what replaces attention: a registered name ("gated_delta_net"), "M+window" (a linear mixer beside a
             sliding window), or a mapping of options with "name". None imports the teacher exactly.
-        keep: the layers that keep attention: "all" (the default without a mixer), "none" (the default with one), a list
-            of indices, "first:K", "last:K", "uniform:1/3", "sensitivity:1/3" (chosen by scans of one layer at a time,
-            with ",rounds=3" refined by exchanges). K is a number of layers or a share of them.
+        keep: the layers that keep attention, as `parse_keep` reads it: "all" (the default without a mixer), "none" (the
+            default with one), a list of indices, "uniform:1/3", "sensitivity:1/3" (chosen by scans), ...
         mixer_options: options of the mixer, such as ``{"window": 128}``.
         data: text to measure on: files, a glob, "hf:NAME", documents, or token ids (rows, length). By default a causal
-            language model writes it itself, from its first token at temperature 1; encoders need it given.
+            language model writes it itself (`sample_from_teacher`); encoders need it given.
         calibrate: refit output projections in closed form where that brings the student closer on held-out rows.
         tokens, length: how many tokens to measure on, and in a row. A quarter of the rows is held out from the refits.
         seed: of the sampling.
-        out: a folder to save the student in, with `save_converted`; checked before any work is done.
-        overwrite: whether `out` may replace a model that is there.
+        out, overwrite: a folder for `save_converted`, checked before any work is done.
         progress: show progress bars (on a terminal).
 
-    Without `data`, `calibrate=False` and without a scan nothing is run at all, and the report has no distances.
-
+    Without data, calibration and scan nothing is run at all, and the report has no distances.
     Returns: the student, a model of the teacher's class in evaluation mode that shares no memory with it, with
     `student.report` (`ConversionReport`) and `student.tokenizer` (or None).
 
@@ -93,10 +90,9 @@ def convert(
         clock.lap("data")
         student, report = _convert(teacher, spec, wanted, tokens_NL, calibrate, clock, progress)
         report.data, report.keep = where, str("none" if keep is None else keep)
-    report.cpu_seconds = clock.laps
-    student.report, student.tokenizer = report, teacher.tokenizer
+    report.cpu_seconds, student.report, student.tokenizer = clock.laps, report, teacher.tokenizer
     if out is not None:
-        save_converted(student, out, overwrite=overwrite)
+        save_converted(student, out, overwrite)
     return student
 
 

@@ -10,6 +10,11 @@ from typing import Any
 COLUMNS = ("layer", "mixer", "copied", "new", "missed", "restored", "error before", "error after", "refit")
 
 
+def need_of_attention(missed: float, restored: float) -> float:
+    """The number by which layers rank; where restoring gains nothing, a millionth of what is missed."""
+    return missed * max(restored, 1e-6)
+
+
 @dataclass(kw_only=True)
 class LayerReport:
     """One layer of a student.
@@ -36,6 +41,11 @@ class LayerReport:
     error_after: float | None = None
     refit: str = "none"
     tried: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def scan(self) -> float | None:
+        """What layers are ranked by where a scan chooses: how much this one needs to keep attention."""
+        return None if self.missed is None or self.restored is None else need_of_attention(self.missed, self.restored)
 
 
 @dataclass(kw_only=True)

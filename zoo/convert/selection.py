@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.convert.layerwise import Trace, fast_autocast, mixer_swapped, run_layers, track
+from zoo.convert.report import need_of_attention
 from zoo.convert.surgery import MixerSpec, attention_layers, make_mixer
 from zoo.errors import ConversionError, did_you_mean
 from zoo.mixers.base import AttentionStats
@@ -184,7 +185,7 @@ def select_layers(
     missed = sensitivity_scan(teacher, candidate, stats=stats, trace=trace, progress=progress)
     mixers = {i: make_mixer(teacher, i, candidate, stats.get(i)) for i in have}
     restored = restore_scan(teacher, mixers, trace, progress=progress)
-    best = sorted(have, key=lambda i: (missed[i] * max(restored[i], 0.0), missed[i]), reverse=True)
+    best = sorted(have, key=lambda i: need_of_attention(missed[i], restored[i]), reverse=True)
     kept = sorted(best[:count])
     for _ in track(range(rounds - 1 if 0 < count < len(have) else 0), "exchanging layers", progress):
         better = _exchange(teacher, mixers, kept, trace)
