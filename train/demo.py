@@ -53,7 +53,7 @@ class DemoOptions:
     """What `zoo demo` takes. `minutes` is the training time of the student on two idle cores, stages together."""
 
     out: Path = Path("demo")
-    minutes: float = 3.0
+    minutes: float = 2.0
     mixer: str = MIXER
     keep: int = KEEP
     tokens: int = 20480
