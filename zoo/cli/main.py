@@ -56,7 +56,7 @@ def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the result.")] = Path("demo"),
     minutes: Annotated[
         float, typer.Option(min=0.1, max=10_000, metavar="N", help="Minutes of training for the student.")
-    ] = 3.0,
+    ] = 2.0,
     mixer: Annotated[
         str | None, typer.Option(metavar="M", help="What replaces attention; the default is what works best.")
     ] = None,
