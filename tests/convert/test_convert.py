@@ -10,7 +10,7 @@ import torch
 from conftest import motif_rows
 
 import zoo
-from zoo.convert import api
+from zoo.convert import api, baseline
 from zoo.convert.api import sample_from_teacher
 from zoo.convert.baseline import window_baseline, window_of_equal_bytes
 from zoo.convert.report import ConversionReport
@@ -352,12 +352,12 @@ def decoded_bytes(model, length=200):
 def test_the_baseline_has_the_students_bytes(llama, mixer, options):
     teacher = load_teacher(llama).model
     student = zoo.convert(teacher, mixer, keep=[1], mixer_options=options, calibrate=False)
-    baseline = window_baseline(teacher, student)
+    other = window_baseline(teacher, student)
     window = window_of_equal_bytes(student)
-    assert baseline.config.mixer_names == ["sliding_window", "attention"]
-    assert baseline.config.layers[0]["mixer"]["window"] == window
-    assert baseline.config.layers[0]["mixer"]["sinks"] == options.get("sinks", 4)
-    of_student, of_baseline = decoded_bytes(student), decoded_bytes(baseline)
+    assert other.config.mixer_names == ["sliding_window", "attention"]
+    assert other.config.layers[0]["mixer"]["window"] == window
+    assert other.config.layers[0]["mixer"]["sinks"] == options.get("sinks", 4)
+    of_student, of_baseline = decoded_bytes(student), decoded_bytes(other)
     token = 2 * 2 * 8 * 4  # keys and values, kv heads, head size, bytes
     if window > 1:
         assert of_student <= of_baseline < of_student + token
@@ -365,6 +365,13 @@ def test_the_baseline_has_the_students_bytes(llama, mixer, options):
         assert of_student <= of_baseline  # one position is the smallest window there is
     if mixer == "sliding_window":
         assert window == 11
+
+
+def test_a_byte_more_is_rounded_up_to_a_position_more(llama, monkeypatch):
+    student = zoo.convert(llama, "retention", keep=[1], calibrate=False)
+    window, measured = window_of_equal_bytes(student), baseline.final_state_bytes
+    monkeypatch.setattr(baseline, "final_state_bytes", lambda mixer: measured(mixer) + 1)
+    assert window_of_equal_bytes(student) == window + 1
 
 
 def test_bytes_that_cannot_be_matched(llama, bert):
