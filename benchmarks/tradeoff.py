@@ -20,7 +20,7 @@ from zoo.convert.surgery import replace_mixers
 from zoo.convert.teachers import load_teacher
 from zoo.text import sample_tokens, split_documents
 from zoo.train.api import distill
-from zoo.train.demo import CURVE, HELD_OUT, LENGTH, MIXER, MIXER_OPTIONS, find_teacher, find_text
+from zoo.train.demo import CURVE, HELD_OUT, LENGTH, MIXER, MIXER_OPTIONS, find_teacher, find_text, rates
 from zoo.train.evaluation import compare
 from zoo.train.plots import tradeoff_plot
 
@@ -29,27 +29,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu-seconds", type=float, default=90.0, help="training of each student")
     parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens")
+    parser.add_argument("--scan-tokens", type=int, default=2048, help="training tokens that the scan looks at")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
 
     train, held_out = split_documents(find_text(), HELD_OUT)
     teacher = load_teacher(find_teacher())
-    scanned = sample_tokens(train, teacher.tokenizer, tokens=2048, length=LENGTH, whole_documents=True)
+    scanned = sample_tokens(train, teacher.tokenizer, tokens=args.scan_tokens, length=LENGTH, whole_documents=True)
     student = convert(teacher, MIXER, keep="sensitivity:1", mixer_options=MIXER_OPTIONS, data=scanned, calibrate=False)
     scan = [row.scan for row in student.report.layers]
     order = sorted(range(len(scan)), key=lambda i: -scan[i])
     options = next(block.mixer.config for block in student.model.layers if block.mixer.name != "attention")
     rows = sample_tokens(held_out, teacher.tokenizer, tokens=args.tokens, length=LENGTH, seed=1, whole_documents=True)
     stage = {
-        "kind": "distill", "budget": {"cpu_seconds": args.cpu_seconds}, "lr": 5e-4, "length": LENGTH,
-        "batch_size": 2, "packing": "joined",
+        "kind": "distill", "budget": {"cpu_seconds": args.cpu_seconds}, "length": LENGTH, "batch_size": 2,
+        "packing": "joined",
     }  # fmt: skip
     points = []
     for keep in CURVE:
         model = replace_mixers(teacher.model, dict.fromkeys(order[keep:], options))
         measure(points, teacher, model, rows, keep, trained=False)
         if keep < len(scan):
-            distill(model, teacher, data=train, stages=[stage], tokenizer=teacher.tokenizer, progress=False)
+            stages = [{**stage, "train": rates(model)}]
+            distill(model, teacher, data=train, stages=stages, tokenizer=teacher.tokenizer, progress=False)
         measure(points, teacher, model, rows, keep, trained=True)
         write(points, args.out)
 
