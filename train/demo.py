@@ -45,7 +45,7 @@ HELD_OUT = 0.25
 NEW_RATE, COPIED_RATE = 1e-2, 1e-4
 LENGTH = 512
 PROMPT = "Explain in two sentences why the sky is blue."
-CURVE = (0, 3, 6, 10, 15, 20, 25, 30)
+CURVE = (0, 3, 6, 10, 15, 20, 30)
 
 
 @dataclass
@@ -99,8 +99,8 @@ class Demo:
                 tokenizer=self.teacher.tokenizer,
                 length=LENGTH,
                 tokens=self.options.tokens,
-                scales=(1, 2),
-                examples=2,
+                scales=(1,),
+                examples=4,
                 train_info=info,
                 command=self.options.command,
                 progress=not self.options.quiet,
@@ -154,7 +154,7 @@ class Demo:
             self.options.mixer,
             keep=f"sensitivity:{self.options.keep}",
             mixer_options=linear_options,
-            data=self.rows(self.train_text, 2048),
+            data=self.rows(self.train_text, 3 * LENGTH),
             progress=not self.options.quiet,
         )
         save_converted(student, folder, overwrite=True)
