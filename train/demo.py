@@ -71,7 +71,6 @@ class Demo:
     teacher: Teacher = field(init=False)
     train_text: Documents = field(init=False)
     held_out: Documents = field(init=False)
-    spent: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> Score:
         """All steps. A run that was stopped goes on from its last checkpoint when it is started again."""
@@ -129,12 +128,11 @@ class Demo:
         self.console.print(text, highlight=False)
 
     def step(self, title: str, work: Callable[[], Any]) -> Any:
-        """Run one step under its title, and keep the CPU time it took."""
+        """Run one step under its title, and say what time it took."""
         self.say(f"[bold]{title}[/bold]")
         start, cpu = time.time(), time.process_time()
         result = work()
-        self.spent[title] = time.process_time() - cpu
-        self.say(f"  {time.time() - start:.0f} s, {self.spent[title]:.0f} CPU-seconds")
+        self.say(f"  {time.time() - start:.0f} s, {time.process_time() - cpu:.0f} CPU-seconds")
         return result
 
     def prepare(self) -> None:
@@ -248,23 +246,24 @@ def rates(model: Any) -> dict[str, float]:
 
 def find_teacher() -> str:
     """The Hub's repository where it can be reached, else the file in the package that carries it."""
+    if _reachable():
+        return TEACHER
+    try:
+        path = package_folder(PACKAGE[0]) / PACKAGE[1]
+    except DataError:
+        path = None
+    if path is None or not path.is_file():
+        raise ConversionError(f"{TEACHER}: the Hub cannot be reached and no package carries it; run: {INSTALL}")
+    return str(path)
+
+
+def _reachable() -> bool:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import logging as hub_logging
 
     hub_logging.set_verbosity_error()
-    package = importlib.util.find_spec(PACKAGE[0])
-    if package is not None and package.submodule_search_locations:
-        path = Path(package.submodule_search_locations[0]) / PACKAGE[1]
-        if path.is_file() and not _reachable(HfApi()):
-            return str(path)
-    elif not _reachable(HfApi()):
-        raise ConversionError(f"{TEACHER}: the Hub cannot be reached and no package carries it; run: {INSTALL}")
-    return TEACHER
-
-
-def _reachable(api: Any) -> bool:
     try:
-        api.model_info(TEACHER, timeout=5)
+        HfApi().model_info(TEACHER, timeout=5)
         return True
     except Exception:
         return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
@@ -90,10 +89,3 @@ def state_bytes(cache: Cache) -> int:
     """Bytes of all states in a cache."""
     states = (layer.state for layer in cache.layers if isinstance(layer, StateLayer))
     return sum(state.nbytes for state in states if state is not None)
-
-
-def move(cache: Cache, device: torch.device) -> None:
-    """Move every state to a device."""
-    for layer in cache.layers:
-        if isinstance(layer, StateLayer) and layer.state is not None:
-            layer.state = layer.state.map(lambda t: t.to(device))
