@@ -23,7 +23,7 @@ def python(code: str) -> str:
 
 
 def installed_paths() -> set[str]:
-    """Where every module and data file of the checkout belongs inside the wheel."""
+    """Where every module and data file of the checkout belongs inside the wheel; published cards stay outside."""
     folders = {"zoo": "zoo", "train": "zoo/train", "configs": "zoo/configs", "model_cards": "zoo/model_cards"}
     suffixes = {"zoo": {".py", ".typed"}, "train": {".py"}, "configs": {".py", ".yaml"}, "model_cards": {".py", ".md"}}
     return {
@@ -31,6 +31,7 @@ def installed_paths() -> set[str]:
         for folder, inside in folders.items()
         for path in (ROOT / folder).rglob("*")
         if path.suffix in suffixes[folder] and "__pycache__" not in path.parts
+        if folder != "model_cards" or path.parent == ROOT / folder
     }
 
 
