@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 from zoo.config import FFNOptions
 from zoo.errors import did_you_mean
+from zoo.linear import Linear
 from zoo.registry import register_ffn
 
 
@@ -50,8 +51,8 @@ class MLP(nn.Module):
     def __init__(self, config: MLPConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        self.up_proj = nn.Linear(width, config.hidden_size, bias=config.bias)
-        self.down_proj = nn.Linear(config.hidden_size, width, bias=config.bias)
+        self.up_proj = Linear(width, config.hidden_size, bias=config.bias)
+        self.down_proj = Linear(config.hidden_size, width, bias=config.bias)
         self.act = ACT2FN[config.activation]
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -67,9 +68,9 @@ class GatedMLP(nn.Module):
     def __init__(self, config: GatedMLPConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        self.gate_proj = nn.Linear(width, config.hidden_size, bias=config.bias)
-        self.up_proj = nn.Linear(width, config.hidden_size, bias=config.bias)
-        self.down_proj = nn.Linear(config.hidden_size, width, bias=config.bias)
+        self.gate_proj = Linear(width, config.hidden_size, bias=config.bias)
+        self.up_proj = Linear(width, config.hidden_size, bias=config.bias)
+        self.down_proj = Linear(config.hidden_size, width, bias=config.bias)
         self.act = ACT2FN[config.activation]
 
     def forward(self, x_BLD: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from zoo import ops
+from zoo.linear import Linear
 from zoo.mixers.base import AttentionStats, AttentionWeights, Traits
 from zoo.mixers.qkv import Inputs
 from zoo.mixers.recurrent import (
@@ -63,9 +64,9 @@ class GatedDeltaNet(RecurrentMixer):
 
     def __init__(self, config: GatedDeltaNetConfig, width: int, own_projections: bool = True) -> None:
         super().__init__(config, width, own_projections)
-        self.b_proj = nn.Linear(width, config.kv_heads, bias=False)
+        self.b_proj = Linear(width, config.kv_heads, bias=False)
         if config.use_decay:
-            self.a_proj = nn.Linear(width, config.kv_heads, bias=False)
+            self.a_proj = Linear(width, config.kv_heads, bias=False)
             self.A_log = nn.Parameter(torch.empty(config.kv_heads))
             self.dt_bias = nn.Parameter(torch.empty(config.kv_heads))
         self.reset_parameters(0.02)

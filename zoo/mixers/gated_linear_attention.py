@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import initialization as init
 
+from zoo.linear import Linear
 from zoo.mixers.base import AttentionStats, AttentionWeights, Traits
 from zoo.mixers.qkv import Inputs, QKVOptions
 from zoo.mixers.recurrent import FeatureMap, RecurrentMixer, feature_map, lookback
@@ -46,8 +47,8 @@ class GatedLinearAttention(RecurrentMixer):
 
     def __init__(self, config: GatedLinearAttentionConfig, width: int, own_projections: bool = True) -> None:
         super().__init__(config, width, own_projections)
-        self.decay_down = nn.Linear(width, config.decay_rank, bias=False)
-        self.decay_up = nn.Linear(config.decay_rank, config.kv_heads * config.head_dim)
+        self.decay_down = Linear(width, config.decay_rank, bias=False)
+        self.decay_up = Linear(config.decay_rank, config.kv_heads * config.head_dim)
 
     def mix(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         c = self.config

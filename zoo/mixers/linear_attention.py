@@ -95,7 +95,7 @@ class HedgehogMap(nn.Module):
     def forward(self, x_BHLK: Tensor) -> Tensor:
         y = x_BHLK @ self.weight_HKK.mT
         y = y.to(torch.promote_types(y.dtype, torch.float32))
-        return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1)
+        return torch.stack([y, -y], -2).softmax(-1).flatten(-2)
 
     def reset_parameters(self, std: float) -> None:
         """The identity: features of the queries and keys as they are."""

@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from zoo.linear import Linear
 from zoo.mixers.base import AttentionStats, AttentionWeights, Traits
 from zoo.mixers.qkv import Inputs
 from zoo.mixers.recurrent import (
@@ -83,7 +84,7 @@ class Mamba2(RecurrentMixer):
     def __init__(self, config: Mamba2Config, width: int, own_projections: bool = True) -> None:
         super().__init__(config, width, own_projections)
         heads = config.kv_heads
-        self.dt_proj = nn.Linear(width, heads, bias=False)
+        self.dt_proj = Linear(width, heads, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))

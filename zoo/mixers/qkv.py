@@ -22,6 +22,7 @@ from transformers import initialization as init
 from zoo import ops
 from zoo.config import MixerOptions
 from zoo.errors import ConversionError, TraitError
+from zoo.linear import Linear
 from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, refuse_segments_with_state
 from zoo.ops.positions import token_positions
 from zoo.ops.rotary import RotaryConfig, apply_rotary, rotary_tables
@@ -117,17 +118,17 @@ class QKVMixer(SequenceMixer):
         q_heads, k_heads, v_heads = self.projected_heads(c)
         sizes = {"q": q_heads * c.head_dim, "k": k_heads * c.head_dim, "v": v_heads * c.value_dim}
         for name, size in sizes.items():
-            setattr(self, f"{name}_proj", nn.Linear(width, size, bias=c.qkv_bias))
+            setattr(self, f"{name}_proj", Linear(width, size, bias=c.qkv_bias))
             if c.conv:
                 setattr(self, f"{name}_conv", ShortConv(size, c.conv, c.conv_bias))
         if c.qk_norm:
             self.q_norm = HeadNorm(c.head_dim, eps=c.qk_norm_eps)
             self.k_norm = HeadNorm(c.head_dim, eps=c.qk_norm_eps)
         if c.gate:
-            self.g_proj = nn.Linear(width, c.num_heads * c.value_dim, bias=c.gate_bias)
+            self.g_proj = Linear(width, c.num_heads * c.value_dim, bias=c.gate_bias)
         if c.head_norm:
             self.head_norm = HeadNorm(c.value_dim, eps=c.head_norm_eps, elementwise_affine=c.head_norm_affine)
-        self.o_proj = nn.Linear(c.num_heads * c.value_dim, width, bias=c.out_bias)
+        self.o_proj = Linear(c.num_heads * c.value_dim, width, bias=c.out_bias)
 
     @staticmethod
     def projected_heads(config: Any) -> tuple[int, int, int]:

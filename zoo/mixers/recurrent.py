@@ -27,7 +27,7 @@ class RecurrentMixer(QKVMixer):
     """Base of the mixers whose state is one matrix (K, V) per key/value head."""
 
     averages_values = False
-    normalizer = False  # whether the state has a vector z beside the matrix
+    normalizer = False  # whether the state has one more column, the normaliser z
 
     @property
     def state_key_dim(self) -> int:
@@ -50,9 +50,6 @@ class RecurrentMixer(QKVMixer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`ops.linear_recurrence` from the carried state to the next."""
         state = inputs.state
-        initial = None
-        if state is not None:
-            initial = ops.LinearState(state["kv"], state["z"] if self.normalizer else None)
         y_BHLV, final = ops.linear_recurrence(
             q_BHLK,
             k_BGLK,
@@ -60,22 +57,17 @@ class RecurrentMixer(QKVMixer):
             log_decay,
             scale=scale,
             normalize=self.normalizer,
-            initial=initial,
+            initial=None if state is None else state["kv"],
             final=state is not None,
             mask_BL=inputs.mask_BL,
             segments_BL=inputs.segments_BL,
         )
-        if final is None:
-            return y_BHLV, {}
-        return y_BHLV, {"kv": final.kv_BGKV, "z": final.z_BGK} if self.normalizer else {"kv": final.kv_BGKV}  # type: ignore[dict-item]
+        return y_BHLV, {} if final is None else {"kv": final}
 
     def mix_state(self, batch_size: int, device: Any, dtype: torch.dtype) -> dict[str, Tensor]:
         c, dtype = self.config, torch.promote_types(dtype, torch.float32)
-        shape = (batch_size, self.state_heads, self.state_key_dim)
-        tensors = {"kv": torch.zeros(*shape, c.value_dim, device=device, dtype=dtype)}
-        if self.normalizer:
-            tensors["z"] = torch.zeros(shape, device=device, dtype=dtype)
-        return tensors
+        shape = (batch_size, self.state_heads, self.state_key_dim, c.value_dim + self.normalizer)
+        return {"kv": torch.zeros(shape, device=device, dtype=dtype)}
 
 
 def two_sided(

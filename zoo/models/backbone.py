@@ -92,12 +92,12 @@ class ZooPreTrainedModel(PreTrainedModel):
                 init.ones_(module.weight)
             if isinstance(bias := getattr(module, "bias", None), Tensor):
                 init.zeros_(bias)
-        elif isinstance(module, SequenceMixer) or (hasattr(module, "reset_parameters") and _is_ours(module)):
-            module.reset_parameters(std)  # type: ignore[operator]
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, SequenceMixer) or (hasattr(module, "reset_parameters") and _is_ours(module)):
+            module.reset_parameters(std)  # type: ignore[operator]
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std)
 

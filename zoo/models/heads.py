@@ -21,6 +21,7 @@ from transformers.modeling_outputs import (
 
 from zoo.config import ModelSpec, ZooConfig
 from zoo.errors import TraitError
+from zoo.linear import Linear
 from zoo.models.backbone import ZooModel, ZooPreTrainedModel, make_norm
 
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -36,7 +37,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         self.model = ZooModel(config)
         if not self.model.is_causal:
             raise TraitError("a causal LM needs causal layers: set causal: true on every mixer, or take task masked-lm")
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     def forward(
@@ -72,7 +73,7 @@ class MaskedLMTransform(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.dense = nn.Linear(spec.hidden_size, spec.hidden_size)
+        self.dense = Linear(spec.hidden_size, spec.hidden_size)
         self.act = ACT2FN[spec.mlm_activation]
         self.norm = make_norm(spec)
 
@@ -89,7 +90,7 @@ class ZooForMaskedLM(ZooPreTrainedModel):
         super().__init__(config)
         self.model = ZooModel(config)
         self.transform = MaskedLMTransform(config.spec) if config.mlm_transform else None
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     def forward(
@@ -128,9 +129,9 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
         self.model = ZooModel(config)
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if config.pooler else None
+        self.pooler = Linear(config.hidden_size, config.hidden_size) if config.pooler else None
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.classifier = Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     def forward(

@@ -3,7 +3,7 @@
 from zoo.ops.attention import attention
 from zoo.ops.conv import short_conv
 from zoo.ops.delta import delta_rule
-from zoo.ops.recurrence import LinearState, linear_recurrence
+from zoo.ops.recurrence import linear_recurrence
 from zoo.ops.window import window_attention
 
-__all__ = ["LinearState", "attention", "delta_rule", "linear_recurrence", "short_conv", "window_attention"]
+__all__ = ["attention", "delta_rule", "linear_recurrence", "short_conv", "window_attention"]

@@ -11,8 +11,6 @@ stored C x C maps; the gradient of log a_t collects what is read from step t on 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,13 +22,6 @@ from zoo.ops.backends import dispatch, register_backend
 OP = "linear_recurrence"
 
 
-class LinearState(NamedTuple):
-    """What a linear recurrence carries: the matrix S and, with a normaliser, z. float32 (float64 for float64)."""
-
-    kv_BGKV: Tensor
-    z_BGK: Tensor | None = None
-
-
 def linear_recurrence(
     q_BHLK: Tensor,
     k_BGLK: Tensor,
@@ -40,13 +31,13 @@ def linear_recurrence(
     scale: float = 1.0,
     normalize: bool = False,
     eps: float = 1e-6,
-    initial: LinearState | None = None,
+    initial: Tensor | None = None,
     final: bool = False,
     mask_BL: Tensor | None = None,
     segments_BL: Tensor | None = None,
     chunk: int | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, LinearState | None]:
+) -> tuple[Tensor, Tensor | None]:
     """S_t = diag(a_t) S_{t-1} + k_t v_t^T, y_t = scale * S_t^T q_t (the step itself included).
 
     Args:
@@ -55,26 +46,24 @@ def linear_recurrence(
             channel. However strong (-1e4, -inf), nothing overflows.
         scale: factor of the output (without effect under `normalize`).
         normalize: divide y_t by max(q_t . z_t, eps), with z the same recurrence over k alone.
-        initial: the state to start from. final: also return the state behind the last step.
+        initial: the state S (B, G, K, V) to start from; under `normalize` (B, G, K, V + 1), z being its last column.
+        final: also return the state behind the last step.
         mask_BL: bool, True for real tokens. A masked position is an identity step whatever it holds; its output is 0.
         segments_BL: int; every run of equal ids is an independent sequence. `initial` belongs to a row's first run and
             the final state is that of its last.
         chunk: steps per chunk, a power of two. backend: a name from `zoo.backends()`; None takes the best.
 
     Returns:
-        y_BHLV in the dtype of v, and the final LinearState or None. Sums are kept in float32 (float64 for float64).
+        y_BHLV in the dtype of v, and the final state or None. Sums are kept in float32 (float64 for float64).
 
     Raises:
         ConfigError: shapes that do not fit together.
     """
     R = chunks.check_heads(OP, q_BHLK, k_BGLK, v_BGLV)
     _check_decay(log_decay, k_BGLK)
-    if initial is not None and normalize and initial.z_BGK is None:
-        raise ConfigError(f"{OP}: normalize=True needs an initial state with z; this one was made without a normaliser")
+    _check_state(initial, k_BGLK, v_BGLV, normalize)
     dtype = chunks.sum_dtype(q_BHLK, k_BGLK, v_BGLV)
-    state = None if initial is None else initial.kv_BGKV.to(dtype)
-    if normalize and state is not None:  # z is one more column of the state
-        state = torch.cat([state, initial.z_BGK.to(dtype)[..., None]], dim=-1)  # type: ignore[union-attr]
+    state = None if initial is None else initial.to(dtype)
     q, k, v, log_decay = _apply_mask(q_BHLK, k_BGLK, v_BGLV, log_decay, mask_BL, segments_BL)
     log_decay = None if log_decay is None else log_decay.to(dtype)
     with torch.autocast(q.device.type, enabled=False):
@@ -84,9 +73,14 @@ def linear_recurrence(
         else:
             y, state = dispatch(OP, backend, q, k, v, log_decay, state, scale, least, chunk)
         y = y.to(v_BGLV.dtype)
-    if not final:
-        return y, None
-    return y, LinearState(state[..., :-1], state[..., -1]) if normalize else LinearState(state)
+    return y, state if final else None
+
+
+def _check_state(initial: Tensor | None, k_BGLK: Tensor, v_BGLV: Tensor, normalize: bool) -> None:
+    wanted = (*k_BGLK.shape[:2], k_BGLK.shape[3], v_BGLV.shape[3] + normalize)
+    if initial is not None and initial.shape != wanted:
+        z = " (the last column is the normaliser z)" if normalize else ""
+        raise ConfigError(f"{OP}: the initial state must be {wanted}{z}; got {tuple(initial.shape)}")
 
 
 def _check_decay(log_decay: Tensor | None, k_BGLK: Tensor) -> None:
@@ -118,15 +112,16 @@ def _apply_mask(q, k, v, log_decay, mask_BL, segments_BL):
 def _step(q_BH1K, k_BG1K, v_BG1V, log_decay, state_BGKV, R: int, scale: float, eps: float | None):
     """One step: decay the state, add k v^T, read with q."""
     V = v_BG1V.shape[-1]
-    update_BGKV = k_BG1K.mT * (v_BG1V if eps is None else F.pad(v_BG1V, (0, 1), value=1.0))
+    if eps is not None:
+        v_BG1V = F.pad(v_BG1V, (0, 1), value=1.0)
     if state_BGKV is None:
-        state_BGKV = update_BGKV
+        state_BGKV = k_BG1K.mT * v_BG1V
     elif log_decay is None:
-        state_BGKV = state_BGKV + update_BGKV
+        state_BGKV = torch.addcmul(state_BGKV, k_BG1K.mT, v_BG1V)
     else:
         a = log_decay.exp()
         a = a[:, None, None] if a.ndim == 1 else a[..., None] if a.ndim == 3 else a.mT
-        state_BGKV = torch.addcmul(update_BGKV, a, state_BGKV)
+        state_BGKV = torch.addcmul(k_BG1K.mT * v_BG1V, a, state_BGKV)
     y_BGRV = q_BH1K.unflatten(1, (-1, R)).squeeze(3) @ state_BGKV
     y_BH1V = y_BGRV.flatten(1, 2)[:, :, None]
     if eps is not None:

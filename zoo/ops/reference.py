@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.ops.recurrence import LinearState
-
 
 def _run_starts(segments_BL: Tensor | None, mask_BL: Tensor) -> Tensor:
     """True where a packed run begins anew: a real token whose id differs from that of the real token before it."""
@@ -45,11 +43,11 @@ def linear_recurrence_reference(
     scale: float = 1.0,
     normalize: bool = False,
     eps: float = 1e-6,
-    initial: LinearState | None = None,
+    initial: Tensor | None = None,
     final: bool = False,
     mask_BL: Tensor | None = None,
     segments_BL: Tensor | None = None,
-) -> tuple[Tensor, LinearState | None]:
+) -> tuple[Tensor, Tensor | None]:
     """S_t = diag(a_t) S_{t-1} + k_t v_t^T and y_t = scale * S_t^T q_t, one step after another.
 
     Linear attention (Katharopoulos et al. 2020, eq. 16-20, with the normaliser z_t = a_t z_{t-1} + k_t), RetNet (Sun
@@ -64,8 +62,8 @@ def linear_recurrence_reference(
     q_BGRLK = q_BHLK.to(dtype).unflatten(1, (G, H // G))
     k_BGLK, v_BGLV = k_BGLK.to(dtype), v_BGLV.to(dtype)
     log_decay = None if log_decay is None else log_decay.to(dtype)
-    S_BGKV = k_BGLK.new_zeros(B, G, K, V) if initial is None else initial.kv_BGKV.to(dtype)
-    z_BGK = k_BGLK.new_zeros(B, G, K) if initial is None or initial.z_BGK is None else initial.z_BGK.to(dtype)
+    state_BGKV = k_BGLK.new_zeros(B, G, K, V + 1) if initial is None else initial.to(dtype)
+    S_BGKV, z_BGK = state_BGKV[..., :V], state_BGKV[..., -1]  # z is without meaning where nothing is normalised
     steps = []
     for t in range(L):
         real = mask_BL[:, t, None, None, None]
@@ -81,7 +79,8 @@ def linear_recurrence_reference(
             y_BGRV = scale * y_BGRV
         steps.append(torch.where(real, y_BGRV, 0.0))
     y_BHLV = torch.stack(steps, dim=3).flatten(1, 2).to(v_BGLV.dtype)
-    return y_BHLV, LinearState(S_BGKV, z_BGK if normalize else None) if final else None
+    state_BGKV = torch.cat([S_BGKV, z_BGK[..., None]], -1) if normalize else S_BGKV
+    return y_BHLV, state_BGKV if final else None
 
 
 def delta_rule_reference(
