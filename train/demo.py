@@ -240,7 +240,7 @@ class Demo:
 def rates(model: Any) -> dict[str, float]:
     """Learning rates: high for what attention did not have (gates, feature maps), low for what was copied from it."""
     names = [name for name, _ in model.named_parameters()]
-    new = [p for p in ("*.mix_logit_H", "*.gain_H", "*.linear.*") if fnmatch.filter(names, p)]
+    new = [p for p in ("*.mix_*", "*.gain_H", "*.linear.*") if fnmatch.filter(names, p)]
     return {**dict.fromkeys(new, NEW_RATE), "mixers": COPIED_RATE}
 
 

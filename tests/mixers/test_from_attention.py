@@ -68,6 +68,17 @@ def test_windowed_linear_starts_at_the_window(teacher, branch, stats):
     assert relative_error(student, window) > 0.2
 
 
+def test_a_gate_that_sees_the_token_starts_at_the_window_too(teacher):
+    window = convert(teacher, "sliding_window", window=8, sinks=2)
+    options = {"linear": "gated_delta_net", "mix_gate": "token", "branch_norm": False}
+    student = convert(teacher, "windowed_linear", window=8, sinks=2, **options)
+    start = relative_error(student, window)
+    assert 1e-5 < start < 0.06
+    with torch.no_grad():
+        student.mix_proj.weight.normal_(std=0.5)  # now every token has gates of its own
+    assert relative_error(student, window) > 2 * start
+
+
 def test_ablating_the_window_leaves_the_linear_mixer(teacher):
     student = convert(teacher, "windowed_linear", linear="linear_attention", older_only=False)
     student.ablate = "window"

@@ -42,6 +42,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         for name in BRANCHES
         for older in (False, True)
     },
+    "window beside gated_delta_net, a gate that sees the token": {
+        "name": "windowed_linear", "linear": {"name": "gated_delta_net"}, "mix_gate": "token", "branch_norm": False,
+        "gate_init": 0.0, "sinks": 1,
+    },
 }  # fmt: skip
 
 

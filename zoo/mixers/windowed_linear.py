@@ -1,14 +1,18 @@
 """A linear mixer beside a sliding window with sinks, mixed by a learned gate per head.
 
-    y_h = (1 - g_h) * window_h + g_h * linear_h,    g_h = sigmoid(b_h),    b_h = -4 at the start
+    y_h = (1 - g_h) * window_h + g_h * linear_h,    g_h = sigmoid(b_h [+ w_h . x_t]),    b_h = -4, w_h = 0 at the start
 
 Both branches read the same queries, keys and values and share the output projection (the arrangement of LoLCATs,
 Zhang et al. 2024, arXiv 2410.10254, and Liger, Lan et al. 2025, arXiv 2503.01496; theirs share one softmax
 denominator or mix half and half, which spoils an untrained student). With b = -4 the untrained student is the window,
-whose weights are those of attention, and the linear branch adds 1.8 % of its output. A branch that does not average
-values (all but linear attention) has no scale of its own, so it is normalised per head and given a learned gain that
-starts at the scale of attention's outputs. The branch may be given only what the window no longer sees
-(`older_only`): its keys and values are then delayed by the window, and its share is zero while there are none.
+whose weights are those of attention, and the linear branch adds 1.8 % of its output. With `mix_gate: token` a head also
+looks at the token before it chooses: recall then learns to read the state where something is asked for, and only there.
+
+A branch that does not average values (all but linear attention) has no scale of its own, so it is normalised per head
+and given a learned gain that starts at the scale of attention's outputs. The delta rule can do without
+(`branch_norm: false`): its state answers unit queries with values, and with little where it knows no answer, which a
+norm would blow up. The branch may be given only what the window no longer sees (`older_only`): its keys and values are
+then delayed by the window, and its share is zero while there are none.
 
 `ablate`, a plain attribute, is None, "linear" or "window": that branch gives nothing and the other has full weight.
 """
@@ -26,6 +30,7 @@ from transformers import initialization as init
 
 from zoo.config import MixerOptions
 from zoo.errors import ConfigError, did_you_mean
+from zoo.linear import Linear
 from zoo.mixers.base import AttentionStats, AttentionWeights, Traits
 from zoo.mixers.qkv import Inputs, QKVMixer, QKVOptions, output_rms
 from zoo.mixers.sliding_window import Joined, SlidingWindow, SlidingWindowConfig
@@ -39,13 +44,20 @@ _NONE_OF_ITS_OWN = {"rotary": None, "conv": None, "gate": False, "head_norm": Fa
 
 
 class WindowedLinearConfig(QKVOptions):
-    """Options of `windowed_linear`. `linear`: the name of the other branch and the options that only it has."""
+    """Options of `windowed_linear`.
+
+    linear: the name of the other branch and the options that only it has.
+    mix_gate: one gate for each head ("head"), or one that also sees the token ("token").
+    branch_norm: whether a branch that does not average values is normalised per head.
+    """
 
     name: Literal["windowed_linear"] = "windowed_linear"
     linear: dict[str, Any]
     window: int = Field(64, ge=1, le=1 << 24)
     sinks: int = Field(4, ge=0, le=1024)
+    mix_gate: Literal["head", "token"] = "head"
     gate_init: float = Field(-4.0, ge=-30, le=30)
+    branch_norm: bool = True
     older_only: bool = False
 
     @model_validator(mode="after")
@@ -107,6 +119,8 @@ class WindowedLinear(QKVMixer):
         if config.older_only:
             self.window.keep = config.window  # one more than the window needs: the key that leaves it next
         self.mix_logit_H = nn.Parameter(torch.empty(config.num_heads))
+        if config.mix_gate == "token":
+            self.mix_proj = Linear(width, config.num_heads, bias=False)
         if not self.linear.averages_values:
             self.gain_H = nn.Parameter(torch.empty(config.num_heads))
         self.ablate: Literal["linear", "window"] | None = None
@@ -135,16 +149,19 @@ class WindowedLinear(QKVMixer):
                 inputs = replace(inputs, mask_BL=mask_BL.expand(k_BGLK.shape[0], -1), segments_BL=runs_BL)
         linear_BHLV, left = self.linear.mix(q_BHLK, k_BGLK, v_BGLV, inputs)
         tensors |= {f"linear.{name}": tensor for name, tensor in left.items()}
-        return self._blend(window_BHLV, linear_BHLV, any_BL), tensors
+        return self._blend(window_BHLV, linear_BHLV, inputs.x_BLD, any_BL), tensors
 
-    def _blend(self, window_BHLV: Tensor, linear_BHLV: Tensor, any_BL: Tensor | None) -> Tensor:
+    def _blend(self, window_BHLV: Tensor, linear_BHLV: Tensor, x_BLD: Tensor, any_BL: Tensor | None) -> Tensor:
         if self.ablate == "linear":
             return window_BHLV
         if not self.linear.averages_values:
-            linear_BHLV = F.rms_norm(linear_BHLV, linear_BHLV.shape[-1:], eps=BRANCH_EPS)
+            if self.config.branch_norm:
+                linear_BHLV = F.rms_norm(linear_BHLV, linear_BHLV.shape[-1:], eps=BRANCH_EPS)
             linear_BHLV = linear_BHLV * self.gain_H[:, None, None].to(linear_BHLV.dtype)
-        share = torch.ones_like(self.mix_logit_H) if self.ablate == "window" else self.mix_logit_H.sigmoid()
-        share = share[:, None, None].to(window_BHLV.dtype)
+        logit = self.mix_logit_H[:, None, None]
+        if self.config.mix_gate == "token":
+            logit = logit + self.mix_proj(x_BLD).mT[..., None]
+        share = (torch.ones_like(logit) if self.ablate == "window" else logit.sigmoid()).to(window_BHLV.dtype)
         if any_BL is not None:
             share = share * any_BL[:, None, :, None]
         if self.ablate == "window":
@@ -182,10 +199,12 @@ class WindowedLinear(QKVMixer):
         return tensors
 
     def reset_parameters(self, std: float) -> None:
-        """Gates at `gate_init`, gains at one; the linear branch as its paper does."""
+        """Gates at `gate_init`, gains so that a unit query reads a value; the linear branch as its paper does."""
         init.constant_(self.mix_logit_H, self.config.gate_init)
+        if self.config.mix_gate == "token":
+            init.zeros_(self.mix_proj.weight)
         if not self.linear.averages_values:
-            init.ones_(self.gain_H)
+            init.constant_(self.gain_H, 1.0 if self.config.branch_norm else 1 / self.config.softmax_scale)
         self.linear.reset_parameters(std)
 
     @classmethod
@@ -210,7 +229,7 @@ class WindowedLinear(QKVMixer):
 
     def start_from(self, attention: AttentionWeights, stats: AttentionStats | None) -> None:
         self.linear.start_from(attention, stats)
-        if not self.linear.averages_values:
+        if not self.linear.averages_values and self.config.branch_norm:
             self.gain_H.copy_(output_rms(attention, stats))
 
     @classmethod
