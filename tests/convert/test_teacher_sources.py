@@ -170,12 +170,6 @@ REFUSED = {
         lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**SMALL)),
         "LlamaForSequenceClassification is not supported; supported for llama: LlamaForCausalLM",
     ),
-    "relu classifier": (
-        lambda: hf.DistilBertForSequenceClassification(
-            hf.DistilBertConfig(vocab_size=97, dim=32, hidden_dim=48, n_layers=1, n_heads=4)
-        ),
-        "DistilBertForSequenceClassification is not supported",
-    ),
     "layer types": (
         lambda: changed(
             hf.Qwen2ForCausalLM(hf.Qwen2Config(**SMALL, num_key_value_heads=4)),

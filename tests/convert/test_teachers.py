@@ -110,6 +110,7 @@ ENCODERS = {
     "roberta-classifier": ("RobertaForSequenceClassification", BERT | {"pad_token_id": 1, "num_labels": 3}),
     "roberta": ("RobertaModel", BERT | {"pad_token_id": 3}),
     "distilbert-mlm": ("DistilBertForMaskedLM", DISTIL),
+    "distilbert-classifier": ("DistilBertForSequenceClassification", DISTIL | {"num_labels": 3}),
     "distilbert": ("DistilBertModel", DISTIL),
 }
 

@@ -218,7 +218,7 @@ def test_other_tasks_on_two_sided_layers(name, make, ids_BL, tmp_path):
     layers = {"defaults": {"causal": False}}
     mask_BL = torch.ones_like(ids_BL)
     mask_BL[1, 15:] = 0
-    classifier = make(name, task="sequence-classification", layers=layers, pooler=True)
+    classifier = make(name, task="sequence-classification", layers=layers, pooler="tanh")
     assert type(classifier) is ZooForSequenceClassification
     out = classifier(ids_BL, attention_mask=mask_BL, labels=torch.tensor([1, 0]))
     assert out.logits.shape == (2, 2)

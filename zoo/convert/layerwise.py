@@ -121,7 +121,7 @@ def before_head(model: Any, x_NLD: Tensor) -> Tensor:
     pooled_ND = pool(x_NLD, None, model.config.pooling)
     if task == "sentence-embedding":
         return pooled_ND
-    return model.classifier(pooled_ND if model.pooler is None else torch.tanh(model.pooler(pooled_ND)))
+    return model.answer(pooled_ND)
 
 
 class Trace:

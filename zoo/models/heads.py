@@ -145,9 +145,7 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
         """Logits (B, num_labels); a loss where `labels` (B,) are given: squared error for one, else cross-entropy."""
         out = self.model(input_ids, attention_mask, **{**kwargs, "use_cache": False})
         pooled = pool(out.last_hidden_state, attention_mask, self.config.pooling)
-        if self.pooler is not None:
-            pooled = torch.tanh(self.pooler(pooled))
-        logits = self.classifier(self.dropout(pooled))
+        logits = self.answer(pooled)
         loss = None
         if labels is not None:
             kind = self.config.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
@@ -158,6 +156,12 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
             else:
                 loss = F.cross_entropy(logits, labels)
         return SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states)
+
+    def answer(self, pooled_BD: Tensor) -> Tensor:
+        """Logits (B, num_labels) of pooled states."""
+        if self.pooler is not None:
+            pooled_BD = ACT2FN[self.config.pooler](self.pooler(pooled_BD))
+        return self.classifier(self.dropout(pooled_BD))
 
 
 class ZooForSentenceEmbedding(ZooPreTrainedModel):

@@ -83,7 +83,7 @@ class _BertLike(Encoder):
             dropout = getattr(config, "classifier_dropout", None)
             values |= {
                 "pooling": "cls",
-                "pooler": True,
+                "pooler": "tanh",
                 "classifier_dropout": config.hidden_dropout_prob if dropout is None else dropout,
             }
         return values
@@ -173,22 +173,23 @@ class Roberta(_BertLike):
 
 @register_teacher
 class DistilBert(Encoder):
-    """DistilBERT (Sanh et al. 2019, arXiv:1910.01108): no token types.
-
-    Its sequence classifier is not here: it has a ReLU where our pooler has a tanh.
-    """
+    """DistilBERT (Sanh et al. 2019, arXiv:1910.01108): no token types."""
 
     family = "distilbert"
     model_types = ("distilbert",)
     architectures = {  # noqa: RUF012
         "DistilBertForMaskedLM": "masked-lm",
+        "DistilBertForSequenceClassification": "sequence-classification",
         "DistilBertModel": "sentence-embedding",
     }
 
     def spec(self, config: Any, task: str) -> dict[str, Any]:
-        return self.encoder_spec(
+        values = self.encoder_spec(
             config, task, inner=config.hidden_dim, activation=config.activation, eps=1e-12, dropout=config.dropout
         )
+        if task == "sequence-classification":
+            values |= {"pooling": "cls", "pooler": "relu", "classifier_dropout": config.seq_classif_dropout}
+        return values
 
     def modules(self, config: Any, architecture: str) -> dict[str, str | Packed]:
         root = "distilbert." if self.architectures[architecture] != "sentence-embedding" else ""
@@ -208,4 +209,6 @@ class DistilBert(Encoder):
             "vocab_transform": "transform.dense",
             "vocab_layer_norm": "transform.norm",
             "vocab_projector": "lm_head",
+            "pre_classifier": "pooler",
+            "classifier": "classifier",
         }
