@@ -103,9 +103,10 @@ def test_bounds_start_as_the_cumulative_softmax_of_the_paper():
         model = zoo.create_model("hgrn2-1.3b")
     bounds = torch.tensor([layer["mixer"]["lower_bound"] for layer in model.config.layers])
     torch.testing.assert_close(bounds, paper, rtol=0, atol=1e-5)
+    mixers = [m for m in model.modules() if isinstance(m, HGRN2)]
+    assert [hasattr(m, "bound_logit") for m in mixers] == [False] + [True] * 23
     tiny = [m for m in zoo.create_model("hgrn2-tiny").modules() if isinstance(m, HGRN2)]
-    assert not hasattr(tiny[0], "bound_logit")
-    torch.testing.assert_close(tiny[1].bound_logit.sigmoid(), torch.full((4, 16), 0.5))
+    torch.testing.assert_close(tiny[1].bound_logit.sigmoid(), torch.full((4, 16), 0.25))
 
 
 def test_parameters_of_the_released_checkpoint():
