@@ -109,13 +109,13 @@ def test_bounds_start_as_the_cumulative_softmax_of_the_paper():
     torch.testing.assert_close(tiny[1].bound_logit.sigmoid(), torch.full((4, 16), 0.25))
 
 
-def test_parameters_of_the_released_checkpoint():
-    """24 layers of q, f, i, o, norm (hidden 2048), gated MLP of 5632, two norms; two matrices of 32000 rows."""
+def test_parameters_of_the_published_sizes():
+    """HGRN2Config of fla: 24 layers of q, f, i, o, norm (2048), gated MLP of 5632, two norms; 2 x 32000 rows."""
     with torch.device("meta"):
         model = zoo.create_model("hgrn2-1.3b")
     layer = 4 * 2048**2 + 2048 + 3 * 2048 * 5632 + 2 * 2048
-    released = 24 * layer + 2 * 32000 * 2048 + 2048 + 24 * 2048  # and the bounds, one row a layer
-    assert sum(p.numel() for p in model.parameters()) == released - 2048  # our first layer has no bound
+    published = 24 * layer + 2 * 32000 * 2048 + 2048 + 24 * 2048  # and the bounds, one row a layer
+    assert sum(p.numel() for p in model.parameters()) == published - 2048  # our first layer has no bound
 
 
 def test_initial_weights_have_the_deviation_of_the_model():
