@@ -69,7 +69,7 @@ def test_wildcards_and_natural_order():
 
 
 def test_filters():
-    assert set(zoo.list_models(task="masked-lm")) == {"bert-tiny", "bert-base-110m", "bert-large-340m"}
+    assert set(zoo.list_models(task="masked-lm")) >= {"bert-tiny", "bert-base-110m", "bert-large-340m"}
     assert "bert-tiny" not in zoo.list_models(task="causal-lm")
     assert zoo.list_models("*-tiny", mixer="sliding_window") == ["gated-deltanet-h-tiny", "sliding-window-tiny"]
     assert zoo.list_mixers("*linear_attention") == ["gated_linear_attention", "linear_attention"]

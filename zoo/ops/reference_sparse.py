@@ -1,0 +1,53 @@
+"""Sparse attention as a dense matrix: who sees whom is written out pair by pair, then one softmax.
+
+Slow and obvious; `dilated_window.py` and `block_sparse.py` are tested against it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.ops.padding import segment_runs
+from zoo.ops.positions import token_positions
+
+
+def counted_attention_reference(q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, count: Tensor, scale: float) -> Tensor:
+    """Attention in which query i meets key j `count[..., i, j]` times (0: not at all); (B or 1, H or 1, L, L).
+
+    A query that meets no key returns 0.
+    """
+    k_BHLK, v_BHLV = (x.repeat_interleave(q_BHLK.shape[1] // x.shape[1], 1) for x in (k_BGLK, v_BGLV))
+    scores_BHLL = (scale * q_BHLK @ k_BHLK.mT).masked_fill(count == 0, -torch.inf)
+    weights_BHLL = count * (scores_BHLL - scores_BHLL.amax(-1, keepdim=True).clamp(min=-1e30)).exp()
+    return weights_BHLL @ v_BHLV / weights_BHLL.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+def dilated_window_attention_reference(
+    q_BHLK: Tensor,
+    k_BGLK: Tensor,
+    v_BGLV: Tensor,
+    *,
+    window: int,
+    dilation: int = 1,
+    global_tokens: int = 0,
+    causal: bool = True,
+    scale: float | None = None,
+    mask_BL: Tensor | None = None,
+    segments_BL: Tensor | None = None,
+) -> Tensor:
+    """See `zoo.ops.dilated_window.dilated_window_attention`; without a state, and masked inputs must be finite."""
+    b, length = len(q_BHLK), q_BHLK.shape[2]
+    mask_BL = torch.ones(b, length, dtype=torch.bool, device=q_BHLK.device) if mask_BL is None else mask_BL
+    segments_BL = torch.zeros_like(mask_BL, dtype=torch.long) if segments_BL is None else segments_BL
+    runs_BL = segment_runs(segments_BL, mask_BL)
+    positions_BL = token_positions(k_BGLK[:, 0], mask_BL, segments_BL)
+    distance_BLL = positions_BL[:, :, None] - positions_BL[:, None]
+    near_BLL = (distance_BLL % dilation == 0) & (distance_BLL.abs() < window * dilation)
+    visible_BLL = near_BLL | (positions_BL < global_tokens)[:, None]
+    if causal:
+        visible_BLL = visible_BLL & (distance_BLL >= 0)
+    visible_BLL = visible_BLL & (runs_BL[:, :, None] == runs_BL[:, None]) & mask_BL[:, None]
+    visible_BLL = visible_BLL & (mask_BL & (positions_BL >= global_tokens))[:, :, None]
+    scale = q_BHLK.shape[-1] ** -0.5 if scale is None else scale
+    return counted_attention_reference(q_BHLK, k_BGLK, v_BGLV, visible_BLL[:, None].to(q_BHLK.dtype), scale)
