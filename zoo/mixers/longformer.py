@@ -4,7 +4,7 @@
     y_g = sum_s softmax_s(scale * q'_g . k'_s) v'_s        over all s, for g < global_tokens
 
 d is the dilation, one for the layer or one per head. The first `global_tokens` tokens of each sequence (CLS) see all
-and are seen by all; what they see is computed with projections q', k', v' of their own, which start as copies of q, k, v.
+and are seen by all; what they see is computed with projections q', k', v' of their own, which start as copies.
 The causal form sees the past only. Its state is the last (window - 1) d keys and values and two pairs of those of the
 global tokens. A window of w on both sides together, as the paper counts it, is window = w / 2 + 1 here.
 

@@ -2,8 +2,8 @@
 
 A query at position p of its sequence sees the keys at distances that are multiples of `dilation` and closer than
 `window * dilation`, and the first `global_tokens` tokens of its sequence, each once. Tokens whose positions agree
-modulo the dilation form sequences of their own, in which the window has no gaps. So each row is folded into `dilation` rows,
-the global tokens in front of every one of them, and `window_attention` does the rest in blocks.
+modulo the dilation form sequences of their own, in which the window has no gaps. So each row is folded into
+`dilation` rows, the global tokens in front of every one of them, and `window_attention` does the rest in blocks.
 
 Shapes: B batch, L queries, S keys (the queries are the last L of the S positions), H = R * G query heads, G key/value
 heads, K and V head sizes, T = dilation, J keys and I queries in a folded row.

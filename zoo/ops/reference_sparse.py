@@ -51,3 +51,33 @@ def dilated_window_attention_reference(
     visible_BLL = visible_BLL & (mask_BL & (positions_BL >= global_tokens))[:, :, None]
     scale = q_BHLK.shape[-1] ** -0.5 if scale is None else scale
     return counted_attention_reference(q_BHLK, k_BGLK, v_BGLV, visible_BLL[:, None].to(q_BHLK.dtype), scale)
+
+
+def block_sparse_attention_reference(
+    q_BHLK: Tensor,
+    k_BGLK: Tensor,
+    v_BGLV: Tensor,
+    *,
+    block: int,
+    random_BHNR: Tensor,
+    full_up_to: int = 0,
+    scale: float | None = None,
+    mask_BL: Tensor | None = None,
+) -> Tensor:
+    """See `zoo.ops.block_sparse.block_sparse_attention`; masked inputs must be finite."""
+    b, h, length, k = q_BHLK.shape
+    mask_BL = torch.ones(b, length, dtype=torch.bool, device=q_BHLK.device) if mask_BL is None else mask_BL
+    random_BHNR = random_BHNR.expand(b, -1, -1, -1)
+    count = q_BHLK.new_zeros(b, h, length, length)
+    for row in range(b):
+        places = mask_BL[row].nonzero()[:, 0]
+        blocks = list(places.split(block)) if len(places) else []
+        last = len(blocks) - 1
+        for i, queries in enumerate(blocks):
+            for head in range(h):
+                seen = sorted({0, i - 1, i, i + 1, last}) + random_BHNR[row, head, i].tolist()
+                if i in (0, last) or len(places) <= full_up_to:
+                    seen = list(range(last + 1))
+                for j in seen:
+                    count[row, head, queries[:, None], blocks[j]] += 1
+    return counted_attention_reference(q_BHLK, k_BGLK, v_BGLV, count, k**-0.5 if scale is None else scale)
