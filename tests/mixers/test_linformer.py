@@ -1,0 +1,178 @@
+"""Linformer: parity with the package of that name, sharing, lengths, what it refuses, conversion."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from formulas import align, convert, corners, largest_error, parameters, relative_error, teacher, wave
+
+import zoo
+from zoo.convert.surgery import layer_options
+from zoo.errors import ConfigError, TraitError
+from zoo.mixers.linformer import Linformer, LinformerConfig
+from zoo.testing import check_mixer
+
+B, D, H, K, N, M = 2, 32, 4, 8, 70, 12
+# Options here, what the peer is called with, the length, and `corners` of what linformer 0.2.3 gives.
+KINDS = {
+    "heads": ({}, {}, N, [-2.440756862, 1.41989765, -3.424504113, -0.593578503, 1.610878947, 0.624230917]),
+    "heads, shorter": ({}, {}, 41, [-1.398652496, 2.609611229, -2.144472742, 0.656148887, 2.597415595, 0.826743623]),
+    "multi-query": (
+        {"num_kv_heads": 1},
+        {"one_kv_head": True},
+        N,
+        [0.069590487, -1.807701433, 3.470007845, 1.302980581, 1.606473198, 4.168761007],
+    ),
+    "kv": (
+        {"share": "kv"},
+        {"share_kv": True},
+        N,
+        [-2.373982465, -0.190746571, 2.709817454, -2.142989718, 1.380956819, 1.155872377],
+    ),
+}
+
+
+def weights(options) -> dict[str, torch.Tensor]:
+    rows = K if "num_kv_heads" in options else D
+    state = {"q_proj.weight": 0.4 * wave(D, D, step=0.1), "k_proj.weight": 0.4 * wave(rows, D, step=0.3)}
+    state |= {"v_proj.weight": 0.4 * wave(rows, D, step=0.7), "o_proj.weight": 0.4 * wave(D, D, step=0.9)}
+    state |= {"o_proj.bias": wave(D, step=0.3), "k_sums": 0.3 * wave(N, M, step=0.2)}
+    if options.get("share") == "kv":  # the package then takes the projected keys for values, too
+        return {**state, "v_proj.weight": state["k_proj.weight"]}
+    return {**state, "v_sums": 0.3 * wave(N, M, step=1.1)}
+
+
+def ours(options) -> Linformer:
+    config = LinformerConfig(num_heads=H, head_dim=K, max_length=N, projected_length=M, out_bias=True, **options)
+    mixer = Linformer(config, D).double()
+    mixer.load_state_dict(weights(options))
+    return mixer
+
+
+def theirs(options, peer_options):
+    peer = pytest.importorskip("linformer.linformer", reason="linformer is not installed")
+    layer = peer.LinformerSelfAttention(D, N, k=M, heads=H, **peer_options).double()
+    names = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "o_proj": "to_out"}
+    names |= {"k_sums": "proj_k", "v_sums": "proj_v"}
+    state = {}
+    for name, weight in weights(options).items():
+        first, *rest = name.split(".")
+        state[".".join([names[first], *rest])] = weight
+    if "share_kv" in peer_options:
+        del state["to_v.weight"]
+    layer.load_state_dict(state)
+    return layer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_is_the_package(kind):
+    options, peer_options, length, _ = KINDS[kind]
+    peer, mixer = theirs(options, peer_options), ours(options)
+    x_BLD = wave(B, length, D, step=0.9).requires_grad_()
+    expected, got = peer(x_BLD), mixer(x_BLD)[0]
+    assert largest_error(got, expected) < 1e-10
+    gradients = [torch.autograd.grad(y, x_BLD, wave(B, length, D, step=0.2))[0] for y in (got, expected)]
+    assert largest_error(*gradients) < 1e-9
+    with torch.no_grad():
+        single = x_BLD.float()
+        assert largest_error(mixer.float()(single)[0], peer.float()(single)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_values_of_the_package(kind):
+    options, _, length, values = KINDS[kind]
+    with torch.no_grad():
+        y_BLD, _ = ours(options)(wave(B, length, D, step=0.9))
+    assert corners(y_BLD) == pytest.approx(values, rel=1e-6, abs=1e-8)
+
+
+def test_projections_of_every_head_are_its_own():
+    """With "none", equal E and F in all heads are the shared ones, and one head's changes only that head."""
+    shared, own = ours({}), ours({}).config.model_copy(update={"share": "none"})
+    mixer = Linformer(own, D).double()
+    state = weights({})
+    mixer.load_state_dict({**state, **{n: state[n].expand(H, -1, -1) for n in ("k_sums", "v_sums")}})
+    x_BLD = wave(B, N, D, step=0.9)
+    with torch.no_grad():
+        shared.o_proj.weight.copy_(torch.eye(D))
+        mixer.o_proj.weight.copy_(torch.eye(D))
+        expected = shared(x_BLD)[0]
+        torch.testing.assert_close(mixer(x_BLD)[0], expected)
+        mixer.v_sums[1].mul_(-1)
+        changed = (mixer(x_BLD)[0] - expected).abs().amax((0, 1)).unflatten(0, (H, K)).amax(1) > 1e-6
+    assert changed.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("options", [
+    {"share": "none", "num_kv_heads": 2}, {"share": "kv", "rotary": {"theta": 100.0}}, {"projected_length": 90},
+], ids=str)  # fmt: skip
+def test_variants_obey_the_laws(options):
+    check_mixer("linformer", config={"causal": False, **options}, seed=2)
+
+
+# --- What it refuses -----------------------------------------------------------------------------------------------
+
+
+def test_causal_use_is_refused():
+    with pytest.raises(TraitError, match=r"'linformer' has no causal form \(traits.causal is False\)"):
+        Linformer(LinformerConfig(num_heads=2, head_dim=4, causal=True), 8)
+    with pytest.raises(TraitError, match=r"cannot replace attention in a causal language model .* choose from"):
+        layer_options({"name": "linformer"}, teacher(causal=True).attention_weights())
+
+
+def test_a_state_is_refused():
+    mixer = Linformer(LinformerConfig(num_heads=2, head_dim=4), 8)
+    with pytest.raises(TraitError, match="two-sided here"):
+        mixer(torch.zeros(1, 3, 8), state=mixer.init_state(1))
+
+
+def test_only_tokens_count_towards_the_length():
+    mixer = Linformer(LinformerConfig(num_heads=2, head_dim=4, max_length=6, projected_length=3), 8)
+    x_BLD = torch.randn(1, 9, 8)
+    with pytest.raises(ConfigError, match="a sequence of 9 tokens, but linformer's max_length is 6"):
+        mixer(x_BLD)
+    mask_BL = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 1]]).bool()
+    torch.testing.assert_close(mixer(x_BLD, mask_BL=mask_BL)[0][mask_BL], mixer(x_BLD[:, mask_BL[0]])[0][0])
+    segments_BL = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])
+    torch.testing.assert_close(mixer(x_BLD, segments_BL=segments_BL)[0][:, 4:], mixer(x_BLD[:, 4:])[0])
+    with pytest.raises(ConfigError, match="a sequence of 7 tokens"):
+        mixer(x_BLD, segments_BL=torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]]))
+
+
+# --- Start, conversion, names --------------------------------------------------------------------------------------
+
+
+def test_projections_start_as_in_the_theorems():
+    torch.manual_seed(0)
+    mixer = zoo.create_model("linformer-tiny").model.layers[1].mixer
+    for sums in (mixer.k_sums, mixer.v_sums):
+        assert sums.shape == (128, 32)
+        assert sums.std().item() == pytest.approx(32**-0.5, rel=0.05)
+        assert abs(sums.mean().item()) < 0.01
+
+
+@pytest.mark.parametrize("share", ["none", "heads", "kv"])
+def test_conversion_is_exact_without_a_projection_and_close_with_one(share):
+    attention = teacher(causal=False)
+    options = {"max_length": 48, "share": share}
+    whole, half, few = (convert(attention, "linformer", projected_length=m, **options) for m in (48, 24, 6))
+    assert relative_error(whole, attention) < 1e-5
+    start = relative_error(half, attention)
+    assert 1e-3 < start < relative_error(few, attention)
+    align(half, attention, steps=60, rate=1e-2)
+    assert relative_error(half, attention) < 0.93 * start
+
+
+@pytest.mark.parametrize(("name", "millions"), [("linformer-128m", 127.2), ("linformer-126m", 125.6)])
+def test_sizes(name, millions):
+    """RoBERTa-base has 124.05 million without head and pooler (with 512 positions, one token type); E and F add."""
+    assert parameters(name)[0] / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+def test_the_tiny_model_trains():
+    assert parameters("linformer-tiny")[0] < 1e6
+    model = zoo.create_model("linformer-tiny")
+    tokens_BL = torch.randint(0, 256, (2, 12))
+    loss = model(tokens_BL, labels=tokens_BL).loss
+    loss.backward()
+    assert loss.isfinite()
