@@ -66,8 +66,8 @@ class Linformer(QKVMixer):
         sequences = find_sequences((B, L), inputs.mask_BL, inputs.segments_BL)
         if sequences is None:
             return self._attend(q_BHLK, k_BGLK, v_BGLV), {}
-        rows = (sequences.split_heads(x) for x in (q_BHLK, k_BGLK, v_BGLV))
-        return sequences.join_heads(self._attend(*rows, int(sequences.length_R.max()))), {}
+        q_RHTK, k_RGTK, v_RGTV = (sequences.split_heads(x) for x in (q_BHLK, k_BGLK, v_BGLV))
+        return sequences.join_heads(self._attend(q_RHTK, k_RGTK, v_RGTV, int(sequences.length_R.max()))), {}
 
     def _attend(self, q_RHTK: Tensor, k_RGTK: Tensor, v_RGTV: Tensor, longest: int | None = None) -> Tensor:
         """Sequences that start at 0, zeros behind their ends; `longest` is the most tokens one of them has."""
