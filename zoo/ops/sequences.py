@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zoo.ops.padding import segment_runs
+from zoo.ops.chunks import run_starts
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,8 @@ def find_sequences(shape: tuple[int, int], mask_BL: Tensor | None, segments_BL: 
         assert mask_BL is not None
         sequence_BL, R, T = torch.arange(B, device=mask_BL.device)[:, None].expand(B, L), B, L
     else:
-        runs_BL = segment_runs(segments_BL, mask_BL)
-        if mask_BL is not None:
-            runs_BL = runs_BL.masked_fill(~mask_BL, 0)
-        count_B = runs_BL.amax(1) + 1
+        runs_BL = run_starts(segments_BL, mask_BL).cumsum(1)
+        count_B = runs_BL[:, -1] + 1
         sequence_BL, R = runs_BL + (count_B.cumsum(0) - count_B)[:, None], int(count_B.sum())
         T = 0
     real_BL = torch.ones(B, L, dtype=torch.bool, device=sequence_BL.device) if mask_BL is None else mask_BL
