@@ -160,7 +160,8 @@ def test_conversion_is_exact_without_a_projection_and_close_with_one(share):
     start = relative_error(half, attention)
     assert 1e-3 < start < relative_error(few, attention)
     align(half, attention, steps=60, rate=1e-3)
-    assert relative_error(half, attention) < 0.95 * start  # inputs without any structure: nothing makes sums of keys good
+    # Inputs without any structure: nothing makes sums of their keys good.
+    assert relative_error(half, attention) < 0.95 * start
 
 
 @pytest.mark.parametrize(("name", "millions"), [("linformer-128m", 127.2), ("linformer-126m", 125.6)])

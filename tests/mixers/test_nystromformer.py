@@ -135,7 +135,7 @@ def test_conversion_is_exact_for_short_sequences_and_close_with_many_landmarks()
 
 
 def test_sizes():
-    """uw-madison/nystromformer-512: BERT-base with 30,000 words, 510 + 2 positions, 2 token types; and the convolutions."""
+    """uw-madison/nystromformer-512: BERT-base with 30,000 words, 510 + 2 positions and the convolutions."""
     embeddings = (30000 + 512 + 2) * 768 + 2 * 768  # the last for their norm
     assert parameters("nystromformer-110m")[0] == embeddings + 12 * 7087872 + 12 * 12 * 65
     assert parameters("nystromformer-tiny")[0] < 1e6
