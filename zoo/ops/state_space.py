@@ -139,7 +139,7 @@ def hippo_legs(size: int, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor
 
     A_nk = -sqrt((2n + 1) (2k + 1)) for n > k, -(n + 1) for n = k, 0 else; B_n = sqrt(2n + 1).
     """
-    n = torch.arange(size, dtype=dtype)
+    n = torch.arange(size, dtype=dtype, device="cpu")  # also where the model is made on no device
     B_N = (2 * n + 1).sqrt()
     return -(torch.outer(B_N, B_N).tril(-1) + torch.diag(n + 1)), B_N
 
@@ -151,9 +151,9 @@ def legs_normal(size: int) -> tuple[Tensor, Tensor, Tensor]:
     Adding sqrt(n + 1/2) sqrt(k + 1/2) to A leaves -1/2 plus a skew-symmetric matrix, whose eigenvectors are orthogonal.
     """
     A, B_N = hippo_legs(size)
-    p_N = (torch.arange(size, dtype=A.dtype) + 0.5).sqrt()
-    skew = A + torch.outer(p_N, p_N) + 0.5 * torch.eye(size, dtype=A.dtype)
+    p_N = B_N / 2**0.5
+    skew = A + torch.outer(p_N, p_N) + torch.full_like(B_N, 0.5).diag()
     frequency_N, V = torch.linalg.eigh(skew * -1j)
-    V = V[:, frequency_N > 0]
-    w = torch.complex(torch.full((size // 2,), -0.5, dtype=A.dtype), frequency_N[frequency_N > 0])
+    frequency_N, V = frequency_N[size // 2 :], V[:, size // 2 :]  # in ascending order, and as many of either sign
+    w = torch.complex(torch.full_like(frequency_N, -0.5), frequency_N)
     return w, V.mH @ p_N.to(V.dtype), V.mH @ B_N.to(V.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.chunks import run_starts
+from zoo.ops.dplr import DPLR
 
 
 def selective_scan_reference(
@@ -53,3 +54,23 @@ def diagonal_ssm_reference(
         h_BEN = torch.where(real_B11, after_BEN, h_BEN)
         steps.append(torch.where(real_B11[..., 0], 2 * (c_EN * h_BEN).sum(-1).real, 0.0))
     return torch.stack(steps, 1), h_BEN if final else None
+
+
+def dplr_ssm_reference(
+    x_BLE: Tensor, model: DPLR, *, initial: Tensor | None = None, final: bool = False, mask_BL: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`zoo.ops.dplr.dplr_ssm` one step after another with dense matrices: S4, equation 3."""
+    w, p, b = (torch.cat([t, t.conj()], -1) for t in (model.w_EN, model.p_EN, model.b_EN))
+    A = torch.diag_embed(w) - p[..., :, None] * p.conj()[..., None, :]
+    eye, half = torch.eye(w.shape[-1], dtype=w.dtype), model.dt_E[:, None, None] / 2
+    solve = torch.linalg.inv(eye - half * A)
+    a_bar, b_bar = solve @ (eye + half * A), (solve @ b[..., None])[..., 0] * model.dt_E[:, None]
+    c_EM = torch.cat([model.c_QEN[0], model.c_QEN[0].conj()], -1)
+    start = torch.zeros(len(x_BLE), *model.w_EN.shape, dtype=w.dtype) if initial is None else initial
+    h_BEM, steps = torch.cat([start, start.conj()], -1), []
+    for t, x_BE in enumerate(x_BLE.unbind(1)):
+        after_BEM = torch.einsum("emn,ben->bem", a_bar, h_BEM) + b_bar * x_BE[..., None]
+        real_B11 = torch.ones(len(x_BLE), 1, 1, dtype=torch.bool) if mask_BL is None else mask_BL[:, t, None, None]
+        h_BEM = torch.where(real_B11, after_BEM, h_BEM)
+        steps.append(torch.where(real_B11[..., 0], (c_EM * h_BEM).sum(-1).real, 0.0))
+    return torch.stack(steps, 1), h_BEM[..., : start.shape[-1]] if final else None
