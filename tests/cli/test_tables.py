@@ -46,8 +46,8 @@ def test_list_mixers(run):
     ("args", "message"),
     [
         (["list", "retnt"], "unknown model 'retnt'; did you mean 'retnet-tiny'"),
-        (["list", "--mixers", "mambo"], "unknown mixer 'mambo'; did you mean 'mamba2'?"),
-        (["list", "--mixer", "mamba"], "unknown mixer 'mamba'; did you mean 'mamba2'?"),
+        (["list", "--mixers", "retntion"], "unknown mixer 'retntion'; did you mean 'retention'"),
+        (["list", "--mixer", "gated_delta"], "unknown mixer 'gated_delta'; did you mean 'gated_delta_net'"),
         (["list", "--task", "causal_lm"], "unknown task 'causal_lm'; did you mean 'causal-lm'?"),
         (["show", "mamba2-130"], "unknown model 'mamba2-130'; did you mean 'mamba2-130m'"),
         (["show", "./nothing"], "nothing: no such folder"),

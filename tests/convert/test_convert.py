@@ -62,7 +62,7 @@ def test_every_mixer_replaces_attention(name, family, request):
     student = zoo.convert(original, name, keep=[0], mixer_options=options, data=IDS, progress=False)
     assert student.config.mixer_names == ["attention", name]
     assert student.report.parameters == sum(p.numel() for p in student.parameters())
-    assert student.report.distance <= student.report.distance_before
+    assert student.report.distance <= student.report.distance_before + 1e-7  # rounding, where both are almost 0
     out = student(IDS, labels=IDS)
     assert out.logits.isfinite().all()
     out.loss.backward()

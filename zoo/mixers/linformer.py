@@ -67,7 +67,9 @@ class Linformer(QKVMixer):
         if sequences is None:
             return self._attend(q_BHLK, k_BGLK, v_BGLV), {}
         q_RHTK, k_RGTK, v_RGTV = (sequences.split_heads(x) for x in (q_BHLK, k_BGLK, v_BGLV))
-        return sequences.join_heads(self._attend(q_RHTK, k_RGTK, v_RGTV, int(sequences.length_R.max()))), {}
+        # Under compile a look at the lengths would be a graph break: rows, padding included, must fit then.
+        longest = None if torch.compiler.is_compiling() else int(sequences.length_R.max())
+        return sequences.join_heads(self._attend(q_RHTK, k_RGTK, v_RGTV, longest)), {}
 
     def _attend(self, q_RHTK: Tensor, k_RGTK: Tensor, v_RGTV: Tensor, longest: int | None = None) -> Tensor:
         """Sequences that start at 0, zeros behind their ends; `longest` is the most tokens one of them has."""
