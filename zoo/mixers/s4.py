@@ -13,7 +13,7 @@ Conversion as for `s4d`: the first mode, taken out of the low-rank part, becomes
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from transformers import initialization as init
 
 from zoo.config import MixerOptions
 from zoo.mixers.base import AttentionStats, AttentionWeights
-from zoo.mixers.s4d import SMALL, StateSpaceMixer, StateSpaceOptions, channel_half_lives
+from zoo.mixers.s4d import StateSpaceMixer, StateSpaceOptions, channel_half_lives
 from zoo.ops.dplr import DPLR, dplr_ssm
 from zoo.ops.state_space import legs_normal
 from zoo.registry import register_mixer
@@ -84,10 +84,6 @@ class S4(StateSpaceMixer):
                 init.normal_(C, std=0.5**0.5)
 
     @classmethod
-    def config_from_attention(cls, attention: AttentionWeights, **options: Any) -> MixerOptions:
-        return cls.Config.parse({"name": cls.name, "causal": attention.causal, **options}, "mixer")
-
-    @classmethod
     @torch.no_grad()
     def from_attention(
         cls, config: MixerOptions, attention: AttentionWeights, stats: AttentionStats | None = None
@@ -101,10 +97,6 @@ class S4(StateSpaceMixer):
         mixer.log_A_real[:, 0] = (2 * turn_D).log() - mixer.log_dt
         mixer.P[:, 0] = 0
         mixer.B[:, 0] = torch.tensor([1.0, 0.0])
-        # Both of the "pair" are the same real mode, hence a half; two-sided, each side is a half of the average.
-        average_D = (1 - z_D) * (1 + turn_D) / mixer.log_dt.exp() * (0.5 if config.causal else 0.25)
-        for C in (mixer.C, mixer.C_back):
-            if C is not None:
-                C.zero_()
-                C[:, 0, 0] = SMALL * average_D
+        average_D = (1 - z_D) * (1 + turn_D) / mixer.log_dt.exp()
+        mixer.read_first_mode(average_D)
         return mixer

@@ -60,6 +60,8 @@ class StateSpaceMixer(SequenceMixer):
 
     config: StateSpaceOptions
     traits = Traits(causal=True, bidirectional=True, state="constant")
+    C: nn.Parameter
+    C_back: nn.Parameter | None  # of the two-sided form
 
     def __init__(self, config: StateSpaceOptions, width: int) -> None:
         super().__init__(config, width)
@@ -127,6 +129,19 @@ class StateSpaceMixer(SequenceMixer):
         self.out_proj.bias.zero_()
         self.out_proj.weight[:D] = a.o_DHV.float() @ v_PD * (2 * factor / SMALL)  # gelu(y) = y / 2 + ...
         self.out_proj.bias[:D] = factor * bias_D
+
+    def read_first_mode(self, average_D: Tensor) -> None:
+        """C that reads nothing but the first mode, which `average_D` makes a mean of the inputs."""
+        # Both of the "pair" are the same real mode, hence a half; two-sided, each side is a half of the average.
+        share = 0.5 if self.config.causal else 0.25
+        for C in (self.C, self.C_back):
+            if C is not None:
+                C.zero_()
+                C[:, 0, 0] = SMALL * average_D * share
+
+    @classmethod
+    def config_from_attention(cls, attention: AttentionWeights, **options: Any) -> MixerOptions:
+        return cls.Config.parse({"name": cls.name, "causal": attention.causal, **options}, "mixer")
 
 
 def channel_half_lives(attention: AttentionWeights, stats: AttentionStats | None) -> Tensor:
@@ -196,10 +211,6 @@ class S4D(StateSpaceMixer):
                 init.normal_(C, std=0.5**0.5)
 
     @classmethod
-    def config_from_attention(cls, attention: AttentionWeights, **options: Any) -> MixerOptions:
-        return cls.Config.parse({"name": cls.name, "causal": attention.causal, **options}, "mixer")
-
-    @classmethod
     @torch.no_grad()
     def from_attention(
         cls, config: MixerOptions, attention: AttentionWeights, stats: AttentionStats | None = None
@@ -210,12 +221,8 @@ class S4D(StateSpaceMixer):
         mixer.A_imag[:, 0] = 0
         mixer.log_A_real[:, 0] = math.log(LN2) - channel_half_lives(attention, stats).log() - mixer.log_dt
         log_z, taken = mixer.discrete()
-        # Both of the "pair" are the same real mode, hence a half; two-sided, each side is a half of the average.
-        average_D = ((1 - log_z[:, 0].exp()) / taken[:, 0]).real * (0.5 if config.causal else 0.25)
-        for C in (mixer.C, mixer.C_back):
-            if C is not None:
-                C.zero_()
-                C[:, 0, 0] = SMALL * average_D
+        average_D = ((1 - log_z[:, 0].exp()) / taken[:, 0]).real
+        mixer.read_first_mode(average_D)
         return mixer
 
 

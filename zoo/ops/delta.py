@@ -61,34 +61,45 @@ def delta_rule(
     for name, x in (("beta", beta_BGL), ("log_decay", log_decay_BGL)):
         if x is not None and x.shape != k_BGLK.shape[:3]:
             raise ConfigError(f"{OP}: {name} must be {tuple(k_BGLK.shape[:3])}, got {tuple(x.shape)}")
-    dtype = chunks.sum_dtype(q_BHLK, k_BGLK, v_BGLV)
-    q, k, v, beta, log_decay = q_BHLK, k_BGLK, v_BGLV, beta_BGL, log_decay_BGL
+    return run(
+        OP, q_BHLK, k_BGLK, v_BGLV, beta_BGL, log_decay_BGL, R, scale=scale, initial=initial, final=final,
+        mask_BL=mask_BL, segments_BL=segments_BL, chunk=chunk, backend=backend,
+    )  # fmt: skip
+
+
+def run(op, q, k, v, beta, log_decay, R: int, *, scale, initial, final, mask_BL, segments_BL, chunk, backend):
+    """A delta rule without a decay, with one per step (B, G, L) or one per channel (B, G, L, K): masks and runs are
+    written into the tensors, one step is taken directly, more go to a backend of `op`."""
+    dtype, out_dtype = chunks.sum_dtype(q, k, v), v.dtype
     if mask_BL is not None:
         hidden_B1L = ~mask_BL[:, None]
         q, k, v = (x.masked_fill(hidden_B1L[..., None], 0.0) for x in (q, k, v))
         beta = beta.masked_fill(hidden_B1L, 0.0)
-        log_decay = None if log_decay is None else log_decay.masked_fill(hidden_B1L, 0.0)
+        if log_decay is not None:
+            log_decay = log_decay.masked_fill(hidden_B1L if log_decay.ndim == 3 else hidden_B1L[..., None], 0.0)
     if segments_BL is not None:
         log_decay = torch.zeros_like(beta, dtype=dtype) if log_decay is None else log_decay
-        log_decay = log_decay.masked_fill(chunks.run_starts(segments_BL, mask_BL)[:, None], -torch.inf)
+        starts_B1L = chunks.run_starts(segments_BL, mask_BL)[:, None]
+        log_decay = log_decay.masked_fill(starts_B1L if log_decay.ndim == 3 else starts_B1L[..., None], -torch.inf)
     beta, initial = beta.to(dtype), None if initial is None else initial.to(dtype)
     log_decay = None if log_decay is None else log_decay.to(dtype)
     with torch.autocast(q.device.type, enabled=False):
         if q.shape[2] == 1 and backend is None:
             y, state = _step(q.to(dtype), k.to(dtype), v.to(dtype), beta, log_decay, initial, R)
-            y = (y if scale == 1.0 else y * scale).to(v_BGLV.dtype)
+            y = (y if scale == 1.0 else y * scale).to(out_dtype)
         else:
-            y, state = dispatch(OP, backend, q, k, v, beta, log_decay, initial, scale, chunk)
+            y, state = dispatch(op, backend, q, k, v, beta, log_decay, initial, scale, chunk)
     return y, state if final else None
 
 
-def _step(q_BH1K, k_BG1K, v_BG1V, beta_BG1, log_decay_BG1, state_BGKV, R: int):
+def _step(q_BH1K, k_BG1K, v_BG1V, beta_BG1, log_decay, state_BGKV, R: int):
     """One step: decay the state, move its answer to the key towards the value, read with q."""
     if state_BGKV is None:
         state_BGKV = k_BG1K.mT * (beta_BG1[..., None] * v_BG1V)
     else:
-        if log_decay_BG1 is not None:
-            state_BGKV = state_BGKV * log_decay_BG1.exp()[..., None]
+        if log_decay is not None:
+            a = log_decay.exp()
+            state_BGKV = state_BGKV * (a[..., None] if a.ndim == 3 else a.mT)
         write_BG1V = beta_BG1[..., None] * (v_BG1V - k_BG1K @ state_BGKV)
         state_BGKV = torch.addcmul(state_BGKV, k_BG1K.mT, write_BG1V)
     y_BGRV = q_BH1K.unflatten(1, (-1, R)).squeeze(3) @ state_BGKV

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.ops import chunks
-from zoo.ops.backends import dispatch, register_backend
-from zoo.ops.delta import _carry, _carry_back, unit_inverse
+from zoo.ops.backends import register_backend
+from zoo.ops.delta import _carry, _carry_back, run, unit_inverse
 from zoo.ops.recurrence import _vector_scores, _vector_scores_grad
 
 OP = "vector_delta_rule"
@@ -69,36 +69,10 @@ def vector_delta_rule(
     size = (*k_BGLK.shape[:2], k_BGLK.shape[3], v_BGLV.shape[3])
     if initial is not None and initial.shape != size:
         raise ConfigError(f"{OP}: the initial state must be {size}, got {tuple(initial.shape)}")
-    dtype = chunks.sum_dtype(q_BHLK, k_BGLK, v_BGLV)
-    q, k, v, beta, log_decay = q_BHLK, k_BGLK, v_BGLV, beta_BGL, log_decay_BGLK
-    if mask_BL is not None:
-        hidden_B1L = ~mask_BL[:, None]
-        q, k, v, log_decay = (x.masked_fill(hidden_B1L[..., None], 0.0) for x in (q, k, v, log_decay))
-        beta = beta.masked_fill(hidden_B1L, 0.0)
-    if segments_BL is not None:
-        starts_B1L1 = chunks.run_starts(segments_BL, mask_BL)[:, None, :, None]
-        log_decay = log_decay.masked_fill(starts_B1L1, -torch.inf)
-    beta, log_decay = beta.to(dtype), log_decay.to(dtype)
-    initial = None if initial is None else initial.to(dtype)
-    with torch.autocast(q.device.type, enabled=False):
-        if q.shape[2] == 1 and backend is None:
-            y, state = _step(q.to(dtype), k.to(dtype), v.to(dtype), beta, log_decay, initial, R)
-            y = (y if scale == 1.0 else y * scale).to(v_BGLV.dtype)
-        else:
-            y, state = dispatch(OP, backend, q, k, v, beta, log_decay, initial, scale, chunk)
-    return y, state if final else None
-
-
-def _step(q_BH1K, k_BG1K, v_BG1V, beta_BG1, log_decay_BG1K, state_BGKV, R: int):
-    """One step: decay the rows of the state, move its answer to the key towards the value, read with q."""
-    if state_BGKV is None:
-        state_BGKV = k_BG1K.mT * (beta_BG1[..., None] * v_BG1V)
-    else:
-        state_BGKV = state_BGKV * log_decay_BG1K.exp().mT
-        write_BG1V = beta_BG1[..., None] * (v_BG1V - k_BG1K @ state_BGKV)
-        state_BGKV = torch.addcmul(state_BGKV, k_BG1K.mT, write_BG1V)
-    y_BGRV = q_BH1K.unflatten(1, (-1, R)).squeeze(3) @ state_BGKV
-    return y_BGRV.flatten(1, 2)[:, :, None], state_BGKV
+    return run(
+        OP, q_BHLK, k_BGLK, v_BGLV, beta_BGL, log_decay_BGLK, R, scale=scale, initial=initial, final=final,
+        mask_BL=mask_BL, segments_BL=segments_BL, chunk=chunk, backend=backend,
+    )  # fmt: skip
 
 
 @register_backend(OP, "torch")
