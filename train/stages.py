@@ -196,9 +196,10 @@ class Teaching:
         backbone, out = self.teacher.model, {}
         x_BLD = embed(backbone, batch)
         stop = len(backbone.layers) if self.last else 1 + max([*self.converted, *self.hidden, self.shared - 1, 0])
+        passed: dict[str, Tensor] = {}
         with watching(backbone, self.converted) as seen:
             for i, block in enumerate(backbone.layers[:stop]):
-                x_BLD, _ = block(x_BLD, None, batch.segment_ids, None)
+                x_BLD, _ = block(x_BLD, None, batch.segment_ids, None, passed)
                 if i + 1 == self.shared:
                     out["shared"] = x_BLD
                 if i in self.hidden:
@@ -276,12 +277,12 @@ class Objective(nn.Module):
     def _end_to_end(self, batch: Batch, guide: Guide) -> tuple[Tensor, dict[str, Tensor]]:
         weights, backbone = self.stage.weights, self.student.model
         x_BLD = guide["shared"] if "shared" in guide else embed(backbone, batch)
-        hidden = []
+        hidden, passed = [], {}
         with watching(backbone, self.converted if weights.mixer else []) as seen:
             for i, block in enumerate(backbone.layers):
                 if i < self.shared:
                     continue
-                x_BLD, _ = block(x_BLD, None, batch.segment_ids, None)
+                x_BLD, _ = block(x_BLD, None, batch.segment_ids, None, passed)
                 if i in self.hidden:
                     hidden.append(relative_error(x_BLD, guide[f"hidden.{i}"]))
         loss = x_BLD.new_zeros((), dtype=torch.float32)
@@ -295,6 +296,9 @@ class Objective(nn.Module):
             pairs = [(seen[f"mixer_out.{i}"], guide[f"mixer_out.{i}"]) for i in self.converted if i >= self.shared]
             terms["mixer"] = (error := torch.stack([relative_error(y, t) for y, t in pairs]).mean()).detach()
             loss = loss + weights.mixer * error
+        if (extra := backbone.auxiliary_loss()) is not None:
+            terms["auxiliary"] = extra.detach()
+            loss = loss + extra
         return loss, terms
 
     def _head(self, x_BLD: Tensor, batch: Batch, guide: Guide) -> tuple[Tensor, dict[str, Tensor]]:

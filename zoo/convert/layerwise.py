@@ -67,6 +67,8 @@ def track(items: Sequence[Any], text: str, progress: bool) -> Iterable[Any]:
 class Given(nn.Module):
     """Stands in a block for a mixer whose output is already known."""
 
+    shares = False
+
     def __init__(self, y_BLD: Tensor) -> None:
         super().__init__()
         self.y_BLD = y_BLD
@@ -99,8 +101,9 @@ def mixer_output(block: Block, x_NLD: Tensor) -> Tensor:
 
 def run_layers(blocks: Iterable[nn.Module], x_NLD: Tensor) -> Tensor:
     """The blocks one after the other on whole rows."""
+    shared: dict[str, Tensor] = {}
     for block in blocks:
-        x_NLD = block(x_NLD, None, None, None)[0]
+        x_NLD = block(x_NLD, None, None, None, shared)[0]
     return x_NLD
 
 
@@ -146,12 +149,12 @@ class Trace:
         ends = []
         with torch.no_grad(), fast_autocast(model, fast):
             for rows in self.groups(range(len(tokens_NL))):
-                x_NLD = embed(model, self.tokens_NL[rows])
+                x_NLD, shared = embed(model, self.tokens_NL[rows]), {}
                 for i, block in enumerate(blocks):
                     parts[i].append(x_NLD)
                     if i in sums:
                         sums[i].add(block.mixer, mixer_input(block, x_NLD))
-                    x_NLD = run_layers([block], x_NLD)
+                    x_NLD = block(x_NLD, None, None, None, shared)[0]
                 parts[-1].append(x_NLD)
                 ends.append(before_head(model, x_NLD).float())
         self.inputs = [torch.cat(part) for part in parts]

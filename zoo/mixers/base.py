@@ -69,6 +69,15 @@ class State:
         """The part of a composite state whose names start with `prefix`."""
         return State({n[len(prefix) :]: t for n, t in self.tensors.items() if n.startswith(prefix)}, self.length)
 
+    def split(self, prefix: str) -> tuple[State, State]:
+        """The part whose names do not start with `prefix`, and the part whose names do, without it."""
+        rest = {n: t for n, t in self.tensors.items() if not n.startswith(prefix)}
+        return State(rest, self.length), self.sub(prefix)
+
+    def joined(self, prefix: str, other: State) -> State:
+        """This state and `other`, whose names get `prefix`."""
+        return State({**self.tensors, **{prefix + n: t for n, t in other.tensors.items()}}, self.length)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -123,12 +132,15 @@ class SequenceMixer(nn.Module, ABC):
 
     A subclass sets `Config` (a `MixerOptions` with `name: Literal[...]`) and `traits`, and is registered with
     `register_mixer`. `keep_float32` names parameters that must stay float32 under any dtype; they are kept so on load.
+    A mixer with `shares = True` also gets `shared=`, a dictionary made anew for each pass of a model and handed through
+    all its layers (RWKV-7 reads the first layer's values there); without one it behaves as the first layer does.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[MixerOptions]]
     traits: ClassVar[Traits]
     keep_float32: ClassVar[tuple[str, ...]] = ()
+    shares: ClassVar[bool] = False
 
     def __init__(self, config: MixerOptions, width: int) -> None:
         super().__init__()

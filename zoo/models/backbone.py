@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from zoo.config import LayerSpec, ModelSpec, ZooConfig
+from zoo.ffn.base import ChannelMixer
 from zoo.mixers.base import SequenceMixer, State
 from zoo.models.state import StateLayer, as_state_cache, state_cache
 from zoo.ops.positions import token_positions
@@ -46,26 +47,50 @@ class Block(GradientCheckpointingLayer):
             self.ffn = ffn_class(layer.ffn.name)(layer.ffn, spec.hidden_size)
 
     def forward(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, segments_BL: Tensor | None, state: State | None
+        self,
+        x_BLD: Tensor,
+        mask_BL: Tensor | None,
+        segments_BL: Tensor | None,
+        state: State | None,
+        shared: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, State | None]:
-        """One block. The state that comes back is None where none was given."""
+        """One block. The state that comes back is None where none was given; `shared` is for mixers that ask for it."""
+        context = {"mask_BL": mask_BL, "segments_BL": segments_BL}
+        extra = {"shared": shared} if self.mixer.shares else {}
+        mine, theirs = state, None
+        if state is not None and isinstance(self.ffn, ChannelMixer):
+            mine, theirs = state.split("ffn.")
 
         def mix(u_BLD: Tensor) -> tuple[Tensor, State | None]:
-            return self.mixer(u_BLD, mask_BL=mask_BL, segments_BL=segments_BL, state=state)
+            return self.mixer(u_BLD, **context, state=mine, **extra)
+
+        def feed(u_BLD: Tensor, mixed: State | None) -> tuple[Tensor, State | None]:
+            if not isinstance(self.ffn, ChannelMixer):
+                return self.ffn(u_BLD), mixed  # type: ignore[misc]
+            y_BLD, fed = self.ffn(u_BLD, **context, state=theirs)
+            return y_BLD, mixed if mixed is None or fed is None else mixed.joined("ffn.", fed)
 
         if self.order == "post_norm":
             y_BLD, state = mix(x_BLD)
             x_BLD = self.mixer_norm(x_BLD + y_BLD)
             if self.ffn is None or self.ffn_norm is None:
                 return x_BLD, state
-            return self.ffn_norm(x_BLD + self.ffn(x_BLD)), state
+            y_BLD, state = feed(x_BLD, state)
+            return self.ffn_norm(x_BLD + y_BLD), state
         y_BLD, state = mix(self.mixer_norm(x_BLD))
         if self.ffn is None or self.ffn_norm is None:
             return x_BLD + y_BLD, state
-        if self.order == "parallel":
-            return x_BLD + y_BLD + self.ffn(self.ffn_norm(x_BLD)), state
-        x_BLD = x_BLD + y_BLD
-        return x_BLD + self.ffn(self.ffn_norm(x_BLD)), state
+        if self.order == "pre_norm":
+            x_BLD = x_BLD + y_BLD
+        z_BLD, state = feed(self.ffn_norm(x_BLD), state)
+        return (x_BLD + z_BLD if self.order == "pre_norm" else x_BLD + y_BLD + z_BLD), state
+
+    def init_state(self, batch_size: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
+        """The state of the sequence mixer, and of the channel mixer where it has one, before the first position."""
+        state = self.mixer.init_state(batch_size, device=device, dtype=dtype)
+        if not isinstance(self.ffn, ChannelMixer):
+            return state
+        return state.joined("ffn.", self.ffn.init_state(batch_size, device=device, dtype=dtype))
 
 
 class ZooPreTrainedModel(PreTrainedModel):
@@ -96,10 +121,17 @@ class ZooPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, SequenceMixer) or (hasattr(module, "reset_parameters") and _is_ours(module)):
+        elif isinstance(module, SequenceMixer | ChannelMixer) or (
+            hasattr(module, "reset_parameters") and _is_ours(module)
+        ):
             module.reset_parameters(std)  # type: ignore[operator]
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std)
+
+    def with_auxiliary(self, loss: Tensor) -> Tensor:
+        """`loss` of a head plus what channel mixers add in training."""
+        extra = self.base_model.auxiliary_loss() if self.training else None
+        return loss if extra is None else loss + extra
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -122,7 +154,7 @@ class ZooModel(ZooPreTrainedModel):
         self.layers: Any = nn.ModuleList(Block(spec, layer) for layer in spec.layers)  # whose type forgets the Blocks
         self.norm = make_norm(spec) if spec.final_norm else None
         self.gradient_checkpointing = False
-        mixers = [m for m in self.modules() if isinstance(m, SequenceMixer)]
+        mixers = [m for m in self.modules() if isinstance(m, SequenceMixer | ChannelMixer)]
         self._keep_in_fp32_modules_strict = {name for m in mixers for name in m.keep_float32}
         self.post_init()
 
@@ -160,11 +192,12 @@ class ZooModel(ZooPreTrainedModel):
         x_BLD = self._embed(x_BLD, mask_BL, token_type_ids, segment_ids, cache)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden = []
+        shared: dict[str, Tensor] = {}
         for i, block in enumerate(self.layers):
             if keep:
                 hidden.append(x_BLD)
             state = None if cache is None else self._state(cache, i, x_BLD)
-            x_BLD, state = block(x_BLD, mask_BL, segment_ids, state)
+            x_BLD, state = block(x_BLD, mask_BL, segment_ids, state, shared)
             if cache is not None:
                 cache.layers[i].set(state)
         if self.norm is not None:
@@ -181,6 +214,12 @@ class ZooModel(ZooPreTrainedModel):
         if cache is not None:
             return as_state_cache(cache, layers)
         return state_cache(layers) if use_cache else None
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """The sum of what channel mixers added to the loss in the last forward (load balancing); None without any."""
+        parts = [m.auxiliary_loss for m in self.modules() if isinstance(m, ChannelMixer)]
+        losses = [part for part in parts if part is not None]
+        return torch.stack(losses).sum() if losses else None
 
     @property
     def is_causal(self) -> bool:
@@ -236,4 +275,4 @@ class ZooModel(ZooPreTrainedModel):
         kind, dtype = x_BLD.device.type, x_BLD.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        return self.layers[i].mixer.init_state(x_BLD.shape[0], device=x_BLD.device, dtype=dtype)
+        return self.layers[i].init_state(x_BLD.shape[0], device=x_BLD.device, dtype=dtype)

@@ -63,6 +63,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
+            loss = self.with_auxiliary(loss)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
@@ -105,7 +106,9 @@ class ZooForMaskedLM(ZooPreTrainedModel):
         out = self.model(input_ids, attention_mask, **{**kwargs, "use_cache": False})
         x_BLD = out.last_hidden_state
         logits = self.lm_head(x_BLD if self.transform is None else self.transform(x_BLD))
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss = None
+        if labels is not None:
+            loss = self.with_auxiliary(F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()))
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
 
@@ -155,6 +158,7 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
                 loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
             else:
                 loss = F.cross_entropy(logits, labels)
+            loss = self.with_auxiliary(loss)
         return SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
     def answer(self, pooled_BD: Tensor) -> Tensor:

@@ -1,0 +1,51 @@
+"""The contract of a channel mixer that needs more than the position itself.
+
+Most channel mixers are plain modules, (B, L, D) -> (B, L, D), and need nothing from here. One that has to know which
+positions are real (a router that counts tokens), that looks one step back (RWKV's token shift) or that adds a term to
+the loss (load balancing) derives from `ChannelMixer`. Shapes: see `zoo.mixers.base`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zoo.config import FFNOptions
+from zoo.mixers.base import State
+
+
+class ChannelMixer(nn.Module, ABC):
+    """Base of channel mixers with context: a mask, packed segments, a carried state, a loss of their own.
+
+    `auxiliary_loss` is a scalar, already weighted, that the last forward in training added to the loss of the model;
+    None where there is none. `keep_float32` names parameters that must stay float32 under any dtype.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[FFNOptions]]
+    keep_float32: ClassVar[tuple[str, ...]] = ()
+    auxiliary_loss: Tensor | None = None
+
+    @abstractmethod
+    def forward(
+        self,
+        x_BLD: Tensor,
+        *,
+        mask_BL: Tensor | None = None,
+        segments_BL: Tensor | None = None,
+        state: State | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """The output (B, L, D) and the new state, None where none was given. Arguments as of a `SequenceMixer`."""
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """The state before the first position; empty where nothing is carried."""
+        return State()
+
+    @abstractmethod
+    def reset_parameters(self, std: float) -> None:
+        """Initialise as the paper does; `std` is the model's `initializer_range` for plain projections."""
