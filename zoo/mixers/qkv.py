@@ -191,8 +191,12 @@ class QKVMixer(SequenceMixer):
             q_BHLK, k_BGLK = self.q_norm(q_BHLK), self.k_norm(k_BGLK)
         if c.rotary is not None:
             cos, sin = self._rotary_tables(inputs, q_BHLK.dtype)
-            q_BHLK = apply_rotary(q_BHLK, cos, sin, c.rotary.interleaved)
-            k_BGLK = apply_rotary(k_BGLK, cos, sin, c.rotary.interleaved)
+            if x_BLD.shape[1] == 1:  # in a decoding step the number of calls is what costs
+                both = apply_rotary(torch.cat([q_BHLK, k_BGLK], 1), cos, sin, c.rotary.interleaved)
+                q_BHLK, k_BGLK = both[:, : q_BHLK.shape[1]], both[:, q_BHLK.shape[1] :]
+            else:
+                q_BHLK = apply_rotary(q_BHLK, cos, sin, c.rotary.interleaved)
+                k_BGLK = apply_rotary(k_BGLK, cos, sin, c.rotary.interleaved)
         return q_BHLK, k_BGLK, v_BGLV, carried
 
     def _rotary_tables(self, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

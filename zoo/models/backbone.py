@@ -8,6 +8,7 @@ parallel:   x = x + mixer(norm_1(x)) + ffn(norm_2(x))                  GPT-NeoX
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,6 +128,13 @@ class ZooPreTrainedModel(PreTrainedModel):
             module.reset_parameters(std)  # type: ignore[operator]
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers does; the weights get the permissions that the config has, not those of a private file."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        config = Path(save_directory) / "config.json"
+        for file in Path(save_directory).glob("*.safetensors") if config.is_file() else ():
+            file.chmod(config.stat().st_mode)
 
     def with_auxiliary(self, loss: Tensor) -> Tensor:
         """`loss` of a head plus what channel mixers add in training."""

@@ -7,6 +7,7 @@ a call on a GPU that falls back to a slower implementation says so once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -95,6 +96,12 @@ def _say_once(op: str, name: str, why: str) -> None:
         logger.warning(
             "%s: not using %s (%s); a portable backend runs instead. `zoo backends` lists all.", op, name, why
         )
+
+
+def no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """A `with` in which autocast leaves products on the device of `x` alone; costs nothing where it is off anyway."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def backends() -> list[dict]:

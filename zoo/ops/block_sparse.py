@@ -17,6 +17,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.ops.attention import attention, check_heads
+from zoo.ops.backends import no_autocast
 from zoo.ops.padding import invert, right_align, segment_runs, take
 
 
@@ -57,7 +58,7 @@ def block_sparse_attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k_, v = q.to(dtype), k_.to(dtype), v.to(dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         if mask_BL is None:
             count_B = torch.full((b,), length, device=q.device)
             return _sparse(q, k_, v, count_B, block, random_BHNR, scale)

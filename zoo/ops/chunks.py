@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.errors import ConfigError
+from zoo.ops.backends import no_autocast
 
 
 def check_heads(op: str, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor) -> int:
@@ -343,7 +344,7 @@ class ChunkedScan(torch.autograd.Function):
         grads += [torch.zeros_like(g) if ask else None for g, ask in zip(gates, asked, strict=True)]
         shared, step = rule.prepare(gates, L, C), len(rest) // len(cuts)
         # The caller may be inside autocast, which would round the sums.
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q):
             for i in range(len(cuts) - 1, -1, -1):
                 start, stop = cuts[i]
                 span = _cut(q, k, v, gates, shared, start, stop, C, eps, low)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ConfigError, did_you_mean
-from zoo.ops.backends import dispatch, register_backend
+from zoo.ops.backends import dispatch, no_autocast, register_backend
 from zoo.ops.padding import invert, right_align, segment_runs, take
 
 ACTIVATIONS = ("silu",)
@@ -113,7 +113,7 @@ def _torch(x, weight, bias, *, initial, final, mask_BL, segments_BL, activation)
             runs = take(torch.cat([first.expand(-1, carried), runs], 1), order, 1)
     elif runs is not None:
         runs = F.pad(runs, (carried, 0))
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         y = _convolve(x, weight, bias, runs)
     if activation == "silu":
         y = F.silu(y)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.ops import chunks
-from zoo.ops.backends import dispatch, register_backend
+from zoo.ops.backends import dispatch, no_autocast, register_backend
 
 OP = "delta_rule"
 
@@ -83,7 +83,7 @@ def run(op, q, k, v, beta, log_decay, R: int, *, scale, initial, final, mask_BL,
         log_decay = log_decay.masked_fill(starts_B1L if log_decay.ndim == 3 else starts_B1L[..., None], -torch.inf)
     beta, initial = beta.to(dtype), None if initial is None else initial.to(dtype)
     log_decay = None if log_decay is None else log_decay.to(dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         if q.shape[2] == 1 and backend is None:
             y, state = _step(q.to(dtype), k.to(dtype), v.to(dtype), beta, log_decay, initial, R)
             y = (y if scale == 1.0 else y * scale).to(out_dtype)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.errors import ConfigError
-from zoo.ops.backends import dispatch, register_backend
+from zoo.ops.backends import dispatch, no_autocast, register_backend
 from zoo.ops.chunks import run_starts
 
 OP = "selective_scan"
@@ -61,7 +61,7 @@ def selective_scan(
     if chunk is not None and (chunk < 1 or chunk & (chunk - 1)):
         raise ConfigError(f"{OP}: chunk must be a power of two, got {chunk}")
     dtype = torch.promote_types(torch.float32, torch.promote_types(x_BLE.dtype, dt_BLE.dtype))
-    with torch.autocast(x_BLE.device.type, enabled=False):
+    with no_autocast(x_BLE):
         x, dt, A, B, C = (t.to(dtype) for t in (x_BLE, dt_BLE, A_EN, B_BLN, C_BLN))
         if mask_BL is not None:
             hidden_BL1 = ~mask_BL[..., None]

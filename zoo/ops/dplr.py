@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import ConfigError
+from zoo.ops.backends import no_autocast
 from zoo.ops.long_conv import long_conv
 
 OP = "dplr_ssm"
@@ -107,7 +108,7 @@ def dplr_ssm(
         raise ConfigError(f"{OP}: the model has {len(model.w_EN)} channels, the input {E}")
     if initial is not None and initial.shape != shape:
         raise ConfigError(f"{OP}: the initial state must be {shape}; got {tuple(initial.shape)}")
-    with torch.autocast(x_BLE.device.type, enabled=False):
+    with no_autocast(x_BLE):
         x = x_BLE.to(model.dt_E.dtype)
         if mask_BL is not None:
             x = x.masked_fill(~mask_BL[..., None], 0)

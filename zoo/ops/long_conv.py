@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ConfigError
-from zoo.ops.backends import dispatch, register_backend
+from zoo.ops.backends import dispatch, no_autocast, register_backend
 from zoo.ops.padding import invert, right_align, segment_runs, take
 
 OP = "long_conv"
@@ -47,7 +47,7 @@ def long_conv(
     for name, given in (("mask_BL", mask_BL), ("segments_BL", segments_BL)):
         if given is not None and given.shape != (B, L):
             raise ConfigError(f"{OP}: {name} has shape {tuple(given.shape)}, but there are {(B, L)} positions")
-    with torch.autocast(x_BLE.device.type, enabled=False):
+    with no_autocast(x_BLE):
         x, kernel = x_BLE.to(dtype), kernel_EL.to(dtype)[:, :L]
         back = None if back_EL is None else back_EL.to(dtype)[:, : L - 1]
         if mask_BL is not None:

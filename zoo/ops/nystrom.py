@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.ops.attention import attention, check_heads
+from zoo.ops.backends import no_autocast
 
 
 def nystrom_attention(
@@ -47,7 +48,7 @@ def nystrom_attention(
     L, K = q_BHLK.shape[2:]
     scale = K**-0.5 if scale is None else scale
     mask_BL = None if length_B is None else torch.arange(L, device=q_BHLK.device) < length_B[:, None]
-    with torch.autocast(q_BHLK.device.type, enabled=False):
+    with no_autocast(q_BHLK):
         dtype = torch.promote_types(torch.promote_types(q_BHLK.dtype, v_BGLV.dtype), torch.float32)
         q, k, v = (x.to(dtype) for x in (q_BHLK, k_BGLK, v_BGLV))
         if landmarks >= L:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.ops import chunks
-from zoo.ops.backends import dispatch, register_backend
+from zoo.ops.backends import dispatch, no_autocast, register_backend
 
 OP = "linear_recurrence"
 
@@ -66,7 +66,7 @@ def linear_recurrence(
     state = None if initial is None else initial.to(dtype)
     q, k, v, log_decay = _apply_mask(q_BHLK, k_BGLK, v_BGLV, log_decay, mask_BL, segments_BL)
     log_decay = None if log_decay is None else log_decay.to(dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         least = eps if normalize else None
         if q.shape[2] == 1 and backend is None:
             y, state = _step(q.to(dtype), k.to(dtype), v.to(dtype), log_decay, state, R, scale, least)
@@ -122,8 +122,8 @@ def _step(q_BH1K, k_BG1K, v_BG1V, log_decay, state_BGKV, R: int, scale: float, e
         a = log_decay.exp()
         a = a[:, None, None] if a.ndim == 1 else a[..., None] if a.ndim == 3 else a.mT
         state_BGKV = torch.addcmul(k_BG1K.mT * v_BG1V, a, state_BGKV)
-    y_BGRV = q_BH1K.unflatten(1, (-1, R)).squeeze(3) @ state_BGKV
-    y_BH1V = y_BGRV.flatten(1, 2)[:, :, None]
+    B, H, _, K = q_BH1K.shape
+    y_BH1V = (q_BH1K.reshape(B, H // R, R, K) @ state_BGKV).view(B, H, 1, -1)
     if eps is not None:
         return y_BH1V[..., :V] / y_BH1V[..., V:].clamp(min=eps), state_BGKV
     return y_BH1V if scale == 1.0 else y_BH1V * scale, state_BGKV

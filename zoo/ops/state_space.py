@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ConfigError
+from zoo.ops.backends import no_autocast
 from zoo.ops.long_conv import long_conv
 
 OP = "diagonal_ssm"
@@ -59,7 +60,7 @@ def diagonal_ssm(
         )
     if initial is not None and initial.shape != (B, *log_z_EN.shape):
         raise ConfigError(f"{OP}: the initial state must be {(B, *log_z_EN.shape)}; got {tuple(initial.shape)}")
-    with torch.autocast(x_BLE.device.type, enabled=False):
+    with no_autocast(x_BLE):
         if L == 1 and initial is not None:
             return _step(x_BLE, log_z_EN, c_EN, initial, final, mask_BL)
         back_EL = None if back_c_EN is None else response(back_c_EN, log_z_EN, L)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.ops.attention import attention, check_heads, flash_attention
-from zoo.ops.backends import dispatch, register_backend
+from zoo.ops.backends import dispatch, no_autocast, register_backend
 from zoo.ops.padding import invert, right_align, segment_runs, take
 
 
@@ -137,7 +137,7 @@ def _blocks(q, k, v, *, mask_BS, segments_BS, globals_BS, positions_BL, **option
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     runs_BS = None if segments_BS is None else segment_runs(segments_BS, mask_BS)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         if mask_BS is None:
             return _aligned(
                 q, k, v, pads_B=None, runs_BS=runs_BS, globals_BS=globals_BS, positions_BL=positions_BL, **options
