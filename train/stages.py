@@ -155,19 +155,25 @@ def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @contextmanager
-def watching(backbone: Any, layers: list[int]) -> Iterator[dict[str, Tensor]]:
-    """Inputs ("mixer_in.i") and outputs ("mixer_out.i") of these layers' mixers, as a pass goes over them."""
-    seen: dict[str, Tensor] = {}
+def watching(backbone: Any, layers: list[int], first: int = 0) -> Iterator[dict[str, Tensor]]:
+    """Inputs ("mixer_in.i") and outputs ("mixer_out.i") of these layers' mixers, in a pass from layer `first` on.
 
-    def keep(i: int) -> Any:
-        def hook(module: nn.Module, args: tuple, out: tuple) -> None:
+    A mixer that several layers share is told apart by its turn.
+    """
+    seen: dict[str, Tensor] = {}
+    turns: dict[nn.Module, list[int]] = {}
+    for i in range(first, len(backbone.layers)):
+        turns.setdefault(backbone.layers[i].mixer, []).append(i)
+
+    def hook(module: nn.Module, args: tuple, out: tuple) -> None:
+        i = turns[module].pop(0)
+        if i in layers:
             seen[f"mixer_in.{i}"], seen[f"mixer_out.{i}"] = args[0], out[0]
 
-        return hook
-
     with ExitStack() as stack:
-        for i in layers:
-            stack.callback(backbone.layers[i].mixer.register_forward_hook(keep(i)).remove)
+        for mixer, runs in turns.items():
+            if not set(runs).isdisjoint(layers):
+                stack.callback(mixer.register_forward_hook(hook).remove)
         yield seen
 
 
@@ -278,7 +284,7 @@ class Objective(nn.Module):
         weights, backbone = self.stage.weights, self.student.model
         x_BLD = guide["shared"] if "shared" in guide else embed(backbone, batch)
         hidden, passed = [], {}
-        with watching(backbone, self.converted if weights.mixer else []) as seen:
+        with watching(backbone, self.converted if weights.mixer else [], self.shared) as seen:
             for i, block in enumerate(backbone.layers):
                 if i < self.shared:
                     continue

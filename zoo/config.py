@@ -11,6 +11,8 @@
       defaults: {num_heads: 9, num_kv_heads: 3, head_dim: 64}    # options every mixer of the pattern gets
       ffn: {name: gated_mlp, hidden_size: 1536}
 
+A label after a name, "attention@a", makes all layers with that label share one set of weights (`same_as` in a list).
+
 Unknown keys, wrong types and impossible sizes raise `ConfigError` with the path, the value and the nearest valid name.
 """
 
@@ -92,12 +94,16 @@ def _keys_at(cls: type[BaseModel], loc: tuple) -> list[str]:
 
 
 class LayerSpec(BaseModel):
-    """One block: a sequence mixer and, unless None, a channel mixer."""
+    """One block: a sequence mixer and, unless None, a channel mixer.
+
+    With `same_as`, the index of an earlier layer, the block of that layer runs again, with the same weights.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     mixer: Any
     ffn: Any = None
+    same_as: int | None = None
 
     @model_validator(mode="after")
     def _resolve(self) -> Self:
@@ -113,7 +119,23 @@ class LayerSpec(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """The layer as JSON types."""
-        return {"mixer": self.mixer.plain(), "ffn": None if self.ffn is None else self.ffn.plain()}
+        plain = {"mixer": self.mixer.plain(), "ffn": None if self.ffn is None else self.ffn.plain()}
+        return plain if self.same_as is None else {**plain, "same_as": self.same_as}
+
+
+def _layer(value: Any, i: int, before: list[LayerSpec]) -> LayerSpec:
+    """Layer i of a model; one with `same_as` has the mixer and channel mixer of that layer and need not name them."""
+    same = value.get("same_as") if isinstance(value, dict) else getattr(value, "same_as", None)
+    if same is None:
+        return value if isinstance(value, LayerSpec) else LayerSpec(**value)
+    if isinstance(same, bool) or not isinstance(same, int) or not 0 <= same < i:
+        raise ValueError(f"layers.{i}.same_as: must be the index of an earlier layer, got {same!r}")
+    first = before[same]
+    layer = LayerSpec(**{"mixer": first.mixer, "ffn": first.ffn, **value}) if isinstance(value, dict) else value
+    for key in ("mixer", "ffn"):
+        if getattr(layer, key) != getattr(first, key):
+            raise ValueError(f"layers.{i}.{key}: differs from that of layer {same}, whose weights it uses (same_as)")
+    return layer.model_copy(update={"same_as": same if first.same_as is None else first.same_as})
 
 
 def _default_layers() -> list[dict]:
@@ -162,7 +184,7 @@ class ModelSpec(Options):
         layers = []
         for i, layer in enumerate(self.layers):
             try:
-                layers.append(layer if isinstance(layer, LayerSpec) else LayerSpec(**layer))
+                layers.append(_layer(layer, i, layers))
             except ValidationError as error:
                 raise ValueError(explain(error, LayerSpec, f"layers.{i}")) from None
             except TypeError:
@@ -186,27 +208,37 @@ class Pattern(Options):
 
 
 def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """`{"pattern": "a*2 b", "num_hidden_layers": 5, ...}` -> a list of layers a, a, b, a, a."""
+    """`{"pattern": "a*2 b", "num_hidden_layers": 5, ...}` -> a list of layers a, a, b, a, a.
+
+    Layers with the same label share their weights: with "a*2 b@x" every b has those of the first b.
+    """
     pattern = Pattern.parse(values, "layers")
-    names: list[str] = []
+    words: list[tuple[str, str | None]] = []
     for word in re.split(r"[\s,]+", pattern.pattern.strip()):
-        match = re.fullmatch(r"([A-Za-z_][\w-]*)(?:\*(\d{1,4}))?", word)
+        match = re.fullmatch(r"([A-Za-z_][\w-]*)(?:@(\w+))?(?:\*(\d{1,4}))?", word)
         if not match:
             raise ConfigError(
                 f"layers.pattern: cannot read {word!r}; write names with repeats, such as 'mamba2*3 attention'"
             )
-        names += [match[1]] * int(match[2] or 1)
-    if not names:
+        words += [(match[1], match[2])] * int(match[3] or 1)
+    if not words:
         raise ConfigError("layers.pattern: no layer in it")
-    if unused := set(pattern.mixers) - set(names):
-        raise ConfigError(f"layers.mixers.{min(unused)}: not in the pattern{did_you_mean(min(unused), set(names))}")
-    return [
-        {
-            "mixer": {"name": name, **pattern.defaults, **pattern.mixers.get(name, {})},
-            "ffn": None if pattern.ffn is None else dict(pattern.ffn),
-        }
-        for name in (names[i % len(names)] for i in range(pattern.num_hidden_layers))
-    ]
+    names = {name for name, _ in words}
+    if unused := set(pattern.mixers) - names:
+        raise ConfigError(f"layers.mixers.{min(unused)}: not in the pattern{did_you_mean(min(unused), names)}")
+    layers: list[dict[str, Any]] = []
+    first: dict[str, int] = {}
+    for i in range(pattern.num_hidden_layers):
+        name, label = words[i % len(words)]
+        layers.append(
+            {
+                "mixer": {"name": name, **pattern.defaults, **pattern.mixers.get(name, {})},
+                "ffn": None if pattern.ffn is None else dict(pattern.ffn),
+            }
+        )
+        if label is not None and first.setdefault(label, i) != i:
+            layers[i]["same_as"] = first[label]
+    return layers
 
 
 # What transformers itself puts into a config.json; everything else that ModelSpec does not know is refused.

@@ -55,6 +55,7 @@ def describe(name: str) -> dict[str, Any]:
     from torch import nn
 
     from zoo.models.heads import TASK_CLASSES
+    from zoo.models.shared import repeated_blocks
 
     entry, config = _find(name)
     with torch.device("meta"):
@@ -64,7 +65,8 @@ def describe(name: str) -> dict[str, Any]:
     if output is not None and not config.tie_word_embeddings:
         embeddings += output.weight.numel()
     total = sum(p.numel() for p in model.parameters())
-    linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    runs = itertools.chain(model.modules(), *(block.modules() for block in repeated_blocks(model)))
+    linear = sum(2 * m.weight.numel() for m in runs if isinstance(m, nn.Linear))
     return {
         "name": name,
         "about": entry.about if entry else "",
@@ -150,9 +152,9 @@ def _layers(model: Any, config: ZooConfig) -> list[dict[str, Any]]:
             {
                 "layers": str(first) if first == last else f"{first}-{last}",
                 "mixer": spec.mixer.name,
-                "options": _options(spec.mixer),
+                "options": _options(spec.mixer) + ("" if spec.same_as is None else f" same_as={spec.same_as}"),
                 "ffn": "none" if spec.ffn is None else f"{spec.ffn.name} {spec.ffn.hidden_size}",
-                "parameters": sum(p.numel() for p in run[0][1][1].parameters()),
+                "parameters": 0 if spec.same_as is not None else sum(p.numel() for p in run[0][1][1].parameters()),
             }
         )
     return groups

@@ -29,6 +29,7 @@ from zoo.convert.surgery import (
 from zoo.convert.teachers import Teacher, load_teacher
 from zoo.errors import ConversionError
 from zoo.models.backbone import ZooPreTrainedModel
+from zoo.models.shared import refuse_shared
 from zoo.text import sample_tokens
 
 CalibrationData = str | Path | Iterable[str] | Tensor
@@ -139,6 +140,7 @@ def _plan(model: ZooPreTrainedModel, spec: Any, keep: KeepSpec) -> Keep:
             f"nothing to convert: keep={keep!r} keeps attention in all {len(have)} layers; "
             "leave out the mixer for an exact import"
         )
+    refuse_shared(model, have)
     for i in have:
         layer_options(spec, model.model.layers[i].mixer.attention_weights())
     return wanted

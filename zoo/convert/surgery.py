@@ -14,6 +14,7 @@ from zoo.config import MixerOptions, ZooConfig
 from zoo.errors import ConfigError, ConversionError, TraitError
 from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, Traits
 from zoo.models.backbone import ZooPreTrainedModel
+from zoo.models.shared import refuse_shared
 from zoo.registry import list_mixers, mixer_class
 
 MixerSpec = str | Mapping[str, Any] | MixerOptions
@@ -89,6 +90,7 @@ def make_mixer(
     old = teacher.model.layers[layer].mixer
     if old.name != "attention":
         raise ConversionError(f"layer {layer} is {old.name!r}, not attention; there is nothing to convert in it")
+    refuse_shared(teacher, [layer])
     attention = old.attention_weights()
     options = layer_options(mixer_spec(spec), attention)
     cls: Any = mixer_class(options.name)

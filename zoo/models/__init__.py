@@ -5,5 +5,6 @@ Importing this package registers the models with transformers' Auto classes, so 
 """
 
 from zoo.models import heads
+from zoo.models.shared import unshare
 
-__all__ = ["heads"]
+__all__ = ["heads", "unshare"]

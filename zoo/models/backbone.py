@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from zoo.config import LayerSpec, ModelSpec, ZooConfig
 from zoo.ffn.base import ChannelMixer
 from zoo.mixers.base import SequenceMixer, State
+from zoo.models.shared import add_earlier_runs, make_layers
 from zoo.models.state import StateLayer, as_state_cache, state_cache
 from zoo.ops.positions import token_positions
 from zoo.registry import ffn_class, mixer_class
@@ -35,6 +36,8 @@ def make_norm(spec: ModelSpec) -> nn.Module:
 
 class Block(GradientCheckpointingLayer):
     """A sequence mixer and a channel mixer with their norms and residuals."""
+
+    runs_as: str | None = None  # a name, where the block runs more than once in a pass
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
         super().__init__()
@@ -69,6 +72,8 @@ class Block(GradientCheckpointingLayer):
             if not isinstance(self.ffn, ChannelMixer):
                 return self.ffn(u_BLD), mixed  # type: ignore[misc]
             y_BLD, fed = self.ffn(u_BLD, **context, state=theirs)
+            if self.runs_as is not None and shared is not None:
+                add_earlier_runs(self.ffn, self.runs_as, shared)
             return y_BLD, mixed if mixed is None or fed is None else mixed.joined("ffn.", fed)
 
         if self.order == "post_norm":
@@ -159,7 +164,7 @@ class ZooModel(ZooPreTrainedModel):
             self.embed_token_types = nn.Embedding(spec.token_types, spec.hidden_size)
         self.embed_norm = make_norm(spec) if spec.embedding_norm else None
         self.dropout = nn.Dropout(spec.embedding_dropout)
-        self.layers: Any = nn.ModuleList(Block(spec, layer) for layer in spec.layers)  # whose type forgets the Blocks
+        self.layers: Any = make_layers(spec, Block)  # whose type forgets the Blocks
         self.norm = make_norm(spec) if spec.final_norm else None
         self.gradient_checkpointing = False
         mixers = [m for m in self.modules() if isinstance(m, SequenceMixer | ChannelMixer)]

@@ -1,0 +1,114 @@
+"""Layers that run the block of an earlier layer again (`same_as` in a layer's spec), each with a state of its own.
+
+ALBERT (Lan et al. 2019, arXiv 1909.11942) has one block for all layers, Zamba (Glorioso et al. 2024, arXiv 2405.16712)
+one attention block between runs of Mamba. Such a block is one module, registered once under the index of its first
+layer: parameters are counted, saved, loaded and given to an optimizer once; their gradient is the sum over the runs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from zoo.config import LayerSpec, ModelSpec, ZooConfig
+from zoo.errors import ConversionError
+
+
+class SharedLayers(nn.ModuleList):
+    """Blocks in the order in which they run; `first[i]` is the layer whose block runs as layer i.
+
+    A read-only list: to exchange a block, give each layer its own weights first (`unshare`).
+    """
+
+    def __init__(self, blocks: list[nn.Module], first: list[int]) -> None:
+        super().__init__()
+        self.first = first
+        for i in sorted(set(first)):
+            self.add_module(str(i), blocks[i])
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([self._modules[str(i)] for i in self.first])  # type: ignore[misc]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._modules[str(i)] for i in self.first[index]]
+        return self._modules[str(self.first[index])]
+
+    def __setitem__(self, *unused: Any) -> None:
+        raise TypeError("layers share weights here (same_as); zoo.models.unshare(model) gives each layer its own")
+
+    __delitem__ = append = extend = insert = __setitem__  # type: ignore[assignment]
+
+
+def make_layers(spec: ModelSpec, make: Callable[[ModelSpec, LayerSpec], Any]) -> nn.ModuleList:
+    """The blocks of a model; a plain list where no layer has `same_as`."""
+    first = [i if layer.same_as is None else layer.same_as for i, layer in enumerate(spec.layers)]
+    blocks = [make(spec, layer) if first[i] == i else None for i, layer in enumerate(spec.layers)]
+    if len(set(first)) == len(first):
+        return nn.ModuleList(blocks)  # type: ignore[arg-type]
+    for i in shared_indices(first):
+        blocks[first[i]].runs_as = f"layers.{first[i]}"  # type: ignore[union-attr]
+    return SharedLayers(blocks, first)  # type: ignore[arg-type]
+
+
+def shared_indices(first: list[int]) -> list[int]:
+    """The layers whose block runs in another layer as well."""
+    return [i for i, owner in enumerate(first) if first.count(owner) > 1]
+
+
+def sharing_layers(model: Any) -> list[int]:
+    """The layers of a model whose weights another layer uses as well."""
+    return shared_indices(getattr(model.base_model.layers, "first", []))
+
+
+def repeated_blocks(model: Any) -> list[nn.Module]:
+    """The block of every layer that runs an earlier layer's: what a count over `modules()` leaves out."""
+    layers = model.base_model.layers
+    return [layers[i] for i, owner in enumerate(getattr(layers, "first", [])) if owner != i]
+
+
+def refuse_shared(model: Any, layers: list[int]) -> None:
+    """Raise ConversionError where one of `layers` has weights that another layer uses."""
+    if found := sorted(set(layers) & set(sharing_layers(model))):
+        raise ConversionError(
+            f"layer {found[0]} shares its weights with another layer (same_as), so it cannot get a mixer of its own; "
+            "zoo.models.unshare(teacher) gives a copy in which each layer has its own weights"
+        )
+
+
+def unshare(model: Any) -> Any:
+    """A copy of `model` in which each layer has weights of its own; it computes the same and has more parameters."""
+    new = copy.deepcopy(model)
+    backbone, first = new.base_model, getattr(new.base_model.layers, "first", None)
+    if first is None:
+        return new
+    blocks = [b if first[i] == i else copy.deepcopy(b) for i, b in enumerate(backbone.layers)]
+    for block in blocks:
+        block.runs_as = None
+    backbone.layers = nn.ModuleList(blocks)
+    config: ZooConfig = copy.deepcopy(model.config)
+    for layer in config.layers:
+        layer.pop("same_as", None)
+    for module in new.modules():
+        if isinstance(getattr(module, "config", None), ZooConfig):
+            module.config = config
+    return new
+
+
+def add_earlier_runs(ffn: Any, name: str, passed: dict[str, Tensor]) -> None:
+    """Where the block `name` ran before in this pass, the loss that its channel mixer adds becomes the sum of the runs.
+
+    `passed` is what is handed through all layers of one pass; the sum so far is kept there.
+    """
+    if ffn.auxiliary_loss is None:
+        return
+    key = f"{name}.auxiliary_loss"
+    if key in passed:
+        ffn.auxiliary_loss = passed[key] + ffn.auxiliary_loss
+    passed[key] = ffn.auxiliary_loss
