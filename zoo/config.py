@@ -181,7 +181,7 @@ class ModelSpec(Options):
 
     @model_validator(mode="after")
     def _resolve_layers(self) -> Self:
-        layers = []
+        layers: list[LayerSpec] = []
         for i, layer in enumerate(self.layers):
             try:
                 layers.append(_layer(layer, i, layers))
