@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from zoo.errors import DataError
+from zoo.models.costs import short_bytes, short_count
 
 ABSENT = "not measured"
 NONE = "–"  # noqa: RUF001  where there is nothing to measure
@@ -145,18 +146,11 @@ def _percent(value: float | None) -> str:
 
 
 def _bytes(value: int | None) -> str:
-    if value is None:
-        return ABSENT
-    return f"{value / 2**20:.2f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
+    return ABSENT if value is None else short_bytes(value)
 
 
 def _count(value: int | None) -> str:
-    if value is None:
-        return ABSENT
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return str(value)
+    return ABSENT if value is None else short_count(value)
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

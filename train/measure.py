@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.convert.baseline import mixer_state_bytes
 from zoo.errors import DataError
+from zoo.models.costs import state_bytes
 from zoo.train.evaluation import autocast, evaluating
 
 WARM_UP = 3  # decoding steps before the clock starts; the first makes room in growing buffers
@@ -36,24 +36,9 @@ def fits(model: Any, length: int) -> bool:
 
 
 def state_bytes_at(model: Any, length: int) -> int | None:
-    """Bytes of the state of one sequence after `length` tokens; None where the model has none or is not so long.
-
-    The mixers are run, each kind once and by itself, over a whole sequence in one piece. That is what a cache holds
-    after a prefill in one call; prefilling in pieces leaves spare room in growing buffers, which is not counted.
-    """
-    if not model.model.is_causal or not fits(model, length):
-        return None
-    by_kind: dict[str, int] = {}
-    total = 0
+    """Bytes of the state of one sequence after `length` tokens; None where the model has none or is not so long."""
     with evaluating(model):
-        for block in model.model.layers:
-            kind = repr(block.mixer.config)
-            if kind not in by_kind:
-                by_kind[kind] = mixer_state_bytes(block.mixer, length)
-            total += by_kind[kind]
-    if model.config.positions == "learned":
-        total += torch.long.itemsize  # the number of tokens seen
-    return total
+        return state_bytes(model, length)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from zoo.models.state import state_bytes
 
 def test_list_shows_names_in_natural_order(run):
     lines = run("list", "gpt2-*").out.splitlines()
-    assert lines[0].split() == ["model", "task", "layers", "width", "mixers", "about"]
+    assert lines[0].split() == ["model", "task", "layers", "width", "parameters", "state", "mixers", "weights"]
     assert [line.split()[0] for line in lines[1:]] == zoo.list_models("gpt2-*")
 
 
@@ -88,12 +88,39 @@ def test_show_collapses_equal_layers(run):
     assert "171,900,928" in shown
 
 
-def test_show_counts_multiplications_of_linear_layers():
+def test_show_counts_products_and_state():
     info = describe("transformer-tiny")
     a_layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128
-    assert info["linear_flops_per_token"] == 2 * (2 * a_layer + 64 * 256)
+    linear = 2 * (2 * a_layer + 64 * 256)
+    for length in LENGTHS:  # attention: scores and values of every pair, in heads of 16, four of them, in two layers
+        assert info["flops_per_token"][str(length)] == linear + 2 * 2 * length * 64 * 2
     assert info["state_bytes"] == {str(n): 2 * 2 * 2 * 16 * 4 * n for n in LENGTHS}
     assert describe("gpt2-tiny")["state_bytes"]["2048"] is None  # beyond its learned positions
+
+
+def test_show_at_a_length_of_ones_own(run):
+    info = run("show", "transformer-tiny", "--length", "100", "--length", "200", "--json").json()
+    assert list(info["state_bytes"]) == list(info["flops_per_token"]) == ["100", "200"]
+    assert "FLOPs a token at 100" in run("show", "transformer-tiny", "--length", "100").out
+
+
+def test_products_of_a_recurrence_do_not_grow_with_the_length():
+    flops = describe("retnet-tiny", (1024, 4096))["flops_per_token"]
+    assert flops["1024"] == pytest.approx(flops["4096"], rel=0.02)
+    attention = describe("transformer-tiny", (1024, 4096))["flops_per_token"]
+    assert attention["4096"] > 2 * attention["1024"]
+
+
+def test_list_says_what_a_state_costs(run):
+    rows = {row["name"]: row for row in run("list", "*-tiny", "--json").json()}
+    assert rows["transformer-tiny"]["state"] == {"constant": 0, "per_token": 2 * 2 * 2 * 16 * 4}
+    assert rows["retnet-tiny"]["state"]["per_token"] == 0
+    assert rows["retnet-tiny"]["state"]["constant"] == describe("retnet-tiny")["state_bytes"]["8192"]
+    assert rows["bert-tiny"]["state"] is None
+    assert rows["bert-tiny"]["parameters"] == describe("bert-tiny")["parameters"]
+    shown = run("list", "transformer-tiny").out
+    assert "512 bytes a token" in shown
+    assert shown.split()[-1] == "none"  # no weights are published
 
 
 def test_show_leaves_nothing_behind():

@@ -227,7 +227,7 @@ def test_show_counts_weights_once_and_work_every_time(zamba, tmp_path):
     unshare(zamba).save_pretrained(tmp_path / "own")
     shared, own = describe(str(tmp_path / "shared")), describe(str(tmp_path / "own"))
     assert shared["parameters"] == zamba.num_parameters() < own["parameters"]
-    for key in ("linear_flops_per_token", "state_bytes"):
+    for key in ("flops_per_token", "state_bytes"):
         assert shared[key] == own[key]
     assert [row["parameters"] for row in shared["layers"]][3:] == [0, 0, 0]
     assert "same_as=1" in shared["layers"][3]["options"]

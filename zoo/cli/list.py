@@ -11,7 +11,8 @@ from zoo.cli.common import JsonOption, print_json, print_table
 
 MIXER_COLUMNS = {"mixer": "name", "direction": "direction", "state": "state", "about": "about"}
 MODEL_COLUMNS = {
-    "model": "name", "task": "task", "layers": "layers", "width": "hidden_size", "mixers": "mixers", "about": "about",
+    "model": "name", "task": "task", "layers": "layers", "width": "hidden_size", "parameters": "parameters",
+    "state": "state", "mixers": "mixers", "weights": "pretrained",
 }  # fmt: skip
 
 
@@ -36,7 +37,22 @@ def list_(
         print_json(rows)
         return
     keys = MIXER_COLUMNS if mixers else MODEL_COLUMNS
-    print_table(list(keys), [[row[key] for key in keys.values()] for row in rows], right=("layers", "width"))
+    shown = [[_shown(key, row[key]) for key in keys.values()] for row in rows]
+    print_table(list(keys), shown, right=("layers", "width", "parameters"))
+
+
+def _shown(key: str, value: Any) -> Any:
+    from zoo.models.costs import short_bytes, short_count
+
+    if key == "parameters":
+        return short_count(value)
+    if key == "pretrained":
+        return ", ".join(value) or "none"
+    if key == "state" and not isinstance(value, str):
+        parts = [(value or {}).get("constant", 0), (value or {}).get("per_token", 0)]
+        words = [f"{short_bytes(n)}{end}" for n, end in zip(parts, ("", " a token"), strict=True) if n]
+        return " + ".join(words) or "none"
+    return value
 
 
 def _models(pattern: str, task: str | None, mixer: str | None, pretrained: bool) -> list[dict[str, Any]]:
@@ -63,6 +79,7 @@ def _models(pattern: str, task: str | None, mixer: str | None, pretrained: bool)
                 "layers": config.num_hidden_layers,
                 "hidden_size": config.hidden_size,
                 "vocab_size": config.vocab_size,
+                **_costs(config),
                 "mixers": next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {m}" for m, n in counts.items()),
                 "about": entry.about,
                 "paper": entry.paper,
@@ -70,6 +87,17 @@ def _models(pattern: str, task: str | None, mixer: str | None, pretrained: bool)
             }
         )
     return rows
+
+
+def _costs(config: Any) -> dict[str, Any]:
+    """Parameters and float32 state of a model, counted on one layer of each kind."""
+    from dataclasses import asdict
+
+    from zoo.models.costs import empty_model, parameter_counts, state_size
+
+    model = empty_model(config)
+    size = state_size(model)
+    return {"parameters": parameter_counts(model)[0], "state": None if size is None else asdict(size)}
 
 
 def _mixers(pattern: str) -> list[dict[str, Any]]:

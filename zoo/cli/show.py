@@ -1,8 +1,9 @@
-"""`zoo show`: what a model is made of, without making it: its layers, parameters, state bytes."""
+"""`zoo show`: what a model is made of, without making it: its layers, parameters, FLOPs, state bytes."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,10 +19,14 @@ LENGTHS = (512, 2048, 8192)
 
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A registered name, or the folder of a saved model.")],
+    length: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", min=1, max=1 << 24, help="State and FLOPs at this length; repeatable."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Layers, parameters and state bytes of a model. Nothing is downloaded and no weights are made."""
-    info = describe(name)
+    """Layers, parameters, FLOPs and state bytes of a model. Nothing is downloaded and no weights are made."""
+    info = describe(name, length or LENGTHS)
     if as_json:
         print_json(info)
         return
@@ -33,7 +38,6 @@ def show(
         ("task", info["task"]),
         ("parameters", f"{info['parameters']:,}"),
         ("without embeddings", f"{info['parameters_without_embeddings']:,}"),
-        ("linear layers, FLOPs a token", f"{info['linear_flops_per_token']:,}"),
         ("vocabulary", f"{info['vocab_size']:,}"),
         ("width", f"{info['hidden_size']:,}"),
         ("block", f"{info['block']}, {info['norm']}"),
@@ -42,31 +46,24 @@ def show(
     if info["origin"]:
         facts.insert(0, ("made from", info["origin"]))
     for length, size in info["state_bytes"].items():
-        facts.append((f"state bytes at {int(length):,} tokens", "none" if size is None else f"{size:,}"))
+        flops = info["flops_per_token"][length]
+        facts.append(
+            (f"FLOPs a token at {int(length):,}", "depend on the tokens" if flops is None else f"{flops:,.0f}")
+        )
+        facts.append((f"state bytes at {int(length):,}", "none" if size is None else f"{size:,}"))
     print_table((), facts)
     print()
     rows = [(g["layers"], g["mixer"], g["options"], g["ffn"], f"{g['parameters']:,}") for g in info["layers"]]
     print_table(("layer", "mixer", "options", "channel mixer", "parameters each"), rows, right=("layer",))
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe(name: str, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
     """The facts about a model, by registered name or folder. Sizes are counted on weights that take no memory."""
-    import torch
-    from torch import nn
-
-    from zoo.models.heads import TASK_CLASSES
-    from zoo.models.shared import repeated_blocks
+    from zoo.models.costs import empty_model, flops_per_token, parameter_counts, state_bytes
 
     entry, config = _find(name)
-    with torch.device("meta"):
-        model = TASK_CLASSES[config.task](config)
-    embeddings = sum(p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
-    output = getattr(model, "lm_head", None)
-    if output is not None and not config.tie_word_embeddings:
-        embeddings += output.weight.numel()
-    total = sum(p.numel() for p in model.parameters())
-    runs = itertools.chain(model.modules(), *(block.modules() for block in repeated_blocks(model)))
-    linear = sum(2 * m.weight.numel() for m in runs if isinstance(m, nn.Linear))
+    model = empty_model(config)
+    total, without = parameter_counts(model)
     return {
         "name": name,
         "about": entry.about if entry else "",
@@ -74,54 +71,13 @@ def describe(name: str) -> dict[str, Any]:
         "origin": str((config.origin or {}).get("source", "")),
         "task": config.task,
         "parameters": total,
-        "parameters_without_embeddings": total - embeddings,
-        "linear_flops_per_token": linear,
+        "parameters_without_embeddings": without,
+        "flops_per_token": {str(length): flops_per_token(model, length) for length in lengths},
         **{key: getattr(config, key) for key in ("vocab_size", "hidden_size", "block", "norm")},
         "positions": _positions(config),
-        "state_bytes": {str(length): state_bytes(model, length) for length in LENGTHS},
+        "state_bytes": {str(length): state_bytes(model, length) for length in lengths},
         "layers": _layers(model, config),
     }
-
-
-def state_bytes(model: Any, length: int) -> int | None:
-    """Bytes of the float32 state of one sequence after `length` tokens; None where there is none or it is too long."""
-    config = model.config
-    learned = config.positions == "learned"
-    if not model.model.is_causal or (learned and length > config.max_position_embeddings):
-        return None
-    total = 8 if learned else 0  # the number of tokens seen
-    by_kind: dict[str, int] = {}
-    for block in model.model.layers:
-        kind = repr(block.mixer.config)
-        if kind not in by_kind:
-            by_kind[kind] = _mixer_state_bytes(block.mixer, length)
-        total += by_kind[kind]
-    return total
-
-
-def _mixer_state_bytes(mixer: Any, length: int) -> int:
-    if mixer.traits.state in ("constant", "none"):
-        return mixer.init_state(1).nbytes
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from zoo.convert.baseline import mixer_state_bytes
-    from zoo.mixers.qkv import _shared_tables
-
-    if mixer.traits.state == "window":  # full long before that
-        length = min(length, 2 * _largest_window(mixer.config.plain()) + 64)
-    # Tensors with a shape and a device but no memory. (Not "meta" ones: autocast does not know that device.)
-    _shared_tables.cache_clear()  # of tensors that are real, and afterwards of those that are not
-    try:
-        with FakeTensorMode():
-            return mixer_state_bytes(type(mixer)(mixer.config, mixer.width), length)
-    finally:
-        _shared_tables.cache_clear()
-
-
-def _largest_window(options: Any) -> int:
-    if not isinstance(options, dict):
-        return 0
-    return max([options.get("window") or 0, *map(_largest_window, options.values())])
 
 
 def _find(name: str) -> tuple[Any, ZooConfig]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from zoo.convert.surgery import replace_mixers
 from zoo.errors import ConversionError
 from zoo.mixers.base import SequenceMixer
 from zoo.models.backbone import ZooPreTrainedModel
+from zoo.models.costs import mixer_state_bytes
 from zoo.registry import mixer_class
 
 LONGEST = 1 << 17
@@ -22,16 +21,6 @@ LONGEST = 1 << 17
 def converted_layers(student: ZooPreTrainedModel) -> list[int]:
     """The layers that are not softmax attention any more."""
     return [i for i, block in enumerate(student.model.layers) if block.mixer.name != "attention"]
-
-
-@torch.no_grad()
-def mixer_state_bytes(mixer: SequenceMixer, length: int) -> int:
-    """Bytes of a mixer's state for one sequence after `length` positions, in the dtype of its weights."""
-    weight = next(mixer.parameters())
-    state = mixer.init_state(1, device=weight.device, dtype=weight.dtype)
-    x_1LD = torch.zeros(1, length, mixer.width, device=weight.device, dtype=weight.dtype)
-    after = mixer(x_1LD, state=state)[1]
-    return 0 if after is None else after.nbytes
 
 
 def final_state_bytes(mixer: SequenceMixer) -> int:

@@ -24,6 +24,7 @@ from zoo.ffn.base import ChannelMixer
 from zoo.mixers.base import SequenceMixer, State
 from zoo.models.shared import add_earlier_runs, make_layers
 from zoo.models.state import StateLayer, as_state_cache, state_cache
+from zoo.ops.backends import autocast_dtype
 from zoo.ops.positions import token_positions
 from zoo.registry import ffn_class, mixer_class
 
@@ -285,7 +286,4 @@ class ZooModel(ZooPreTrainedModel):
         layer: StateLayer = cache.layers[i]
         if layer.state is not None:
             return layer.state
-        kind, dtype = x_BLD.device.type, x_BLD.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        return self.layers[i].init_state(x_BLD.shape[0], device=x_BLD.device, dtype=dtype)
+        return self.layers[i].init_state(len(x_BLD), device=x_BLD.device, dtype=autocast_dtype(x_BLD) or x_BLD.dtype)

@@ -67,12 +67,6 @@ def sharing_layers(model: Any) -> list[int]:
     return shared_indices(getattr(model.base_model.layers, "first", []))
 
 
-def repeated_blocks(model: Any) -> list[nn.Module]:
-    """The block of every layer that runs an earlier layer's: what a count over `modules()` leaves out."""
-    layers = model.base_model.layers
-    return [layers[i] for i, owner in enumerate(getattr(layers, "first", [])) if owner != i]
-
-
 def refuse_shared(model: Any, layers: list[int]) -> None:
     """Raise ConversionError where one of `layers` has weights that another layer uses."""
     if found := sorted(set(layers) & set(sharing_layers(model))):

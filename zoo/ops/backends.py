@@ -98,10 +98,15 @@ def _say_once(op: str, name: str, why: str) -> None:
         )
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives products on the device of `x`; None where it is off."""
+    kind = x.device.type  # "meta" (sizes without numbers) is a device that autocast does not know
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
 def no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """A `with` in which autocast leaves products on the device of `x` alone; costs nothing where it is off anyway."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    return contextlib.nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def backends() -> list[dict]:

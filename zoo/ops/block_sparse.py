@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.ops.attention import attention, check_heads
-from zoo.ops.backends import no_autocast
+from zoo.ops.backends import autocast_dtype, no_autocast
 from zoo.ops.padding import invert, right_align, segment_runs, take
 
 
@@ -55,8 +55,7 @@ def block_sparse_attention(
     if length <= full_up_to:
         return attention(q_BHLK, k_BGLK, v_BGLV, causal=False, scale=scale, mask_BS=mask_BL)
     q, k_, v = q_BHLK, k_BGLK, v_BGLV
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    if (dtype := autocast_dtype(q)) is not None:
         q, k_, v = q.to(dtype), k_.to(dtype), v.to(dtype)
     with no_autocast(q):
         if mask_BL is None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.ops.attention import attention, check_heads, flash_attention
-from zoo.ops.backends import dispatch, no_autocast, register_backend
+from zoo.ops.backends import autocast_dtype, dispatch, no_autocast, register_backend
 from zoo.ops.padding import invert, right_align, segment_runs, take
 
 
@@ -133,8 +133,7 @@ def _blocks(q, k, v, *, mask_BS, segments_BS, globals_BS, positions_BL, **option
     plain = mask_BS is None and segments_BS is None and globals_BS is None
     if length == 1 and plain and options["causal"]:
         return _step(q, k, v, positions_BL=positions_BL, **options)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    if (dtype := autocast_dtype(q)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     runs_BS = None if segments_BS is None else segment_runs(segments_BS, mask_BS)
     with no_autocast(q):
