@@ -283,7 +283,8 @@ class Objective(nn.Module):
     def _end_to_end(self, batch: Batch, guide: Guide) -> tuple[Tensor, dict[str, Tensor]]:
         weights, backbone = self.stage.weights, self.student.model
         x_BLD = guide["shared"] if "shared" in guide else embed(backbone, batch)
-        hidden, passed = [], {}
+        hidden: list[Tensor] = []
+        passed: dict[str, Tensor] = {}
         with watching(backbone, self.converted if weights.mixer else [], self.shared) as seen:
             for i, block in enumerate(backbone.layers):
                 if i < self.shared:

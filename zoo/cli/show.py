@@ -45,12 +45,10 @@ def show(
     ]
     if info["origin"]:
         facts.insert(0, ("made from", info["origin"]))
-    for length, size in info["state_bytes"].items():
-        flops = info["flops_per_token"][length]
-        facts.append(
-            (f"FLOPs a token at {int(length):,}", "depend on the tokens" if flops is None else f"{flops:,.0f}")
-        )
-        facts.append((f"state bytes at {int(length):,}", "none" if size is None else f"{size:,}"))
+    for at, size in info["state_bytes"].items():
+        flops = info["flops_per_token"][at]
+        facts.append((f"FLOPs a token at {int(at):,}", "not counted" if flops is None else f"{flops:,.0f}"))
+        facts.append((f"state bytes at {int(at):,}", "none" if size is None else f"{size:,}"))
     print_table((), facts)
     print()
     rows = [(g["layers"], g["mixer"], g["options"], g["ffn"], f"{g['parameters']:,}") for g in info["layers"]]

@@ -149,7 +149,8 @@ class Trace:
         ends = []
         with torch.no_grad(), fast_autocast(model, fast):
             for rows in self.groups(range(len(tokens_NL))):
-                x_NLD, shared = embed(model, self.tokens_NL[rows]), {}
+                x_NLD = embed(model, self.tokens_NL[rows])
+                shared: dict[str, Tensor] = {}
                 for i, block in enumerate(blocks):
                     parts[i].append(x_NLD)
                     if i in sums:

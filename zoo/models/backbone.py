@@ -144,7 +144,7 @@ class ZooPreTrainedModel(PreTrainedModel):
 
     def with_auxiliary(self, loss: Tensor) -> Tensor:
         """`loss` of a head plus what channel mixers add in training."""
-        extra = self.base_model.auxiliary_loss() if self.training else None
+        extra = self.base_model.auxiliary_loss() if self.training else None  # type: ignore[operator]
         return loss if extra is None else loss + extra
 
 
