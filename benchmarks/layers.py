@@ -22,9 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every CUDA kernel that it misses
@@ -34,172 +32,10 @@ if PEERS.is_dir():
     sys.path.append(str(PEERS))  # behind everything else: nothing is shadowed
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from peer_layers import CASES, WIDTH, Case, Layer, Made  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-from zoo.registry import mixer_class  # noqa: E402
-
-WIDTH, HEADS = 512, 8
 COLUMNS = ("forward_ms", "forward_backward_ms")
-Layer = Callable[[Tensor], Tensor]
-Made = tuple[nn.Module, Layer]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row. Ours has the one family that it is compared within; a peer has all those it belongs to."""
-
-    name: str
-    make: Callable[[int], Made]
-    families: tuple[str, ...]
-    peer: bool = False
-    longest: int = 1 << 20
-
-
-def ours(name: str, **options) -> Callable[[int], Made]:
-    """A registered mixer of this package."""
-
-    def make(length: int) -> Made:
-        cls = mixer_class(name)
-        mixer = cls(cls.Config.parse({"name": name, **options}, "mixer"), WIDTH)
-        return mixer, lambda x: mixer(x)[0]
-
-    return make
-
-
-class SdpaLayer(nn.Module):
-    """Causal attention as anyone writes it: four projections around `F.scaled_dot_product_attention`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
-        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        q, k, v = self.qkv(x_BLD).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
-
-
-def sdpa(length: int) -> Made:
-    layer = SdpaLayer()
-    return layer, layer
-
-
-def torchscale(value_width: int, chunk: int) -> Callable[[int], Made]:
-    """The official retention layer in its chunked form. The maps that depend on the length alone are made once."""
-
-    def make(length: int) -> Made:
-        from torchscale.component.multiscale_retention import MultiScaleRetention
-
-        layer = MultiScaleRetention(SimpleNamespace(layernorm_eps=1e-6, multiway=False), WIDTH, value_width, HEADS)
-        positions = torchscale_positions(length, min(chunk, length))
-        return layer, lambda x: layer(x, positions, chunkwise_recurrent=True)
-
-    return make
-
-
-def torchscale_positions(length: int, chunk: int):
-    """What torchscale's RetNetRelPos gives its layers (that class itself cannot be imported without fairscale)."""
-    log_decay_H11 = torch.log1p(-(2.0 ** (-5.0 - torch.arange(HEADS))))[:, None, None]
-    steps = torch.arange(chunk)
-    distance = steps[:, None] - steps
-    map_HCC = torch.exp(distance.clamp(min=0) * log_decay_H11).tril()
-    last_H1C = map_HCC[:, -1:]
-    root_HC1 = map_HCC.sum(-1, keepdim=True).sqrt()
-    from_start_HC1 = torch.exp(log_decay_H11 * (steps[:, None] + 1)) / (root_HC1 / last_H1C.sum(-1, keepdim=True))
-    to_end_HC1 = (last_H1C / last_H1C.sum(-1, keepdim=True)).mT
-    angles = torch.arange(length)[:, None] * (1e4 ** -torch.linspace(0, 1, WIDTH // HEADS // 2)).repeat_interleave(2)
-    maps = (map_HCC / root_HC1, torch.exp(log_decay_H11 * chunk), from_start_HC1, to_end_HC1)
-    return (angles.sin(), angles.cos()), maps
-
-
-def yet_another_retnet(chunk: int) -> Callable[[int], Made]:
-    """Its chunked form carries the state from call to call: the loop over chunks is the caller's."""
-
-    def make(length: int) -> Made:
-        from yet_another_retnet.retention import MultiScaleRetention
-
-        layer = MultiScaleRetention(WIDTH, HEADS, bias=False)
-
-        def run(x: Tensor) -> Tensor:
-            parts, state = [], None
-            for start in range(0, length, chunk):
-                part = x[:, start : start + chunk]
-                y, state = layer.forward_chunkwise(part, part, part, start, state)
-                parts.append(y)
-            return torch.cat(parts, 1)
-
-        return layer, run
-
-    return make
-
-
-def mamba2(chunk: int) -> Callable[[int], Made]:
-    def make(length: int) -> Made:
-        from transformers import Mamba2Config
-        from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
-
-        config = Mamba2Config(
-            hidden_size=WIDTH, num_heads=16, head_dim=64, state_size=128, n_groups=1, expand=2, conv_kernel=4,
-            num_hidden_layers=1, chunk_size=chunk,
-        )  # fmt: skip
-        layer = Mamba2Mixer(config, 0)
-        return layer, layer
-
-    return make
-
-
-def mamba1(length: int) -> Made:
-    import mambapy  # noqa: F401 (without it transformers would fall back to a loop over time)
-    from transformers import MambaConfig
-    from transformers.models.mamba.modeling_mamba import MambaMixer
-
-    layer = MambaMixer(MambaConfig(hidden_size=WIDTH, num_hidden_layers=1, use_mambapy=True), 0)
-    layer.train()  # it takes the parallel scan in training only
-    return layer, layer
-
-
-def qwen3_next(length: int) -> Made:
-    from transformers import Qwen3NextConfig
-    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
-
-    config = Qwen3NextConfig(
-        hidden_size=WIDTH, linear_num_value_heads=8, linear_num_key_heads=8, linear_key_head_dim=64,
-        linear_value_head_dim=64, linear_conv_kernel_dim=4, num_hidden_layers=1, layer_types=["linear_attention"],
-    )  # fmt: skip
-    layer = Qwen3NextGatedDeltaNet(config, 0)
-    return layer, layer
-
-
-# The chunks of the peers are those at which each was fastest at 2048 steps, tried from 32 to 512 (by default
-# torchscale takes 512, Mamba-2 256; yet-another-retnet leaves it to the caller).
-SHAPE = {"num_heads": HEADS, "head_dim": WIDTH // HEADS}
-CASES = [
-    Case("attention", ours("attention", **SHAPE), ("attention",)),
-    Case("sliding_window (256)", ours("sliding_window", **SHAPE, window=256), ("attention",)),
-    Case(
-        "windowed_linear (256)",
-        ours("windowed_linear", **SHAPE, window=256, linear={"name": "linear_attention"}),
-        ("attention",),
-    ),
-    Case("SDPA layer", sdpa, ("attention",), peer=True),
-    Case("linear_attention", ours("linear_attention", **SHAPE), ("causal linear",)),
-    Case(
-        "gated_linear_attention",
-        ours("gated_linear_attention", num_heads=4, head_dim=64, value_head_dim=128),
-        ("causal linear",),
-    ),
-    Case("retention (values 1x)", ours("retention", **SHAPE), ("retention 1x",)),
-    Case("torchscale retention (values 1x)", torchscale(WIDTH, 64), ("retention 1x", "causal linear"), peer=True),
-    Case("yet-another-retnet (values 1x)", yet_another_retnet(256), ("retention 1x", "causal linear"), peer=True),
-    Case("retention (values 2x)", ours("retention", **SHAPE, value_head_dim=128), ("retention 2x",)),
-    Case("torchscale retention (values 2x)", torchscale(2 * WIDTH, 64), ("retention 2x",), peer=True),
-    Case("mamba2", ours("mamba2", num_heads=16, num_groups=1, head_dim=128, value_head_dim=64), ("mamba",)),
-    Case("transformers Mamba-2", mamba2(64), ("mamba", "causal linear"), peer=True),
-    Case("transformers Mamba-1, mambapy", mamba1, ("mamba", "causal linear"), peer=True, longest=4096),
-    Case("gated_delta_net", ours("gated_delta_net", **SHAPE), ("delta",)),
-    Case("transformers Qwen3-Next delta net", qwen3_next, ("delta",), peer=True),
-]
 
 
 def build(cases: list[Case], length: int) -> dict[str, Made]:
