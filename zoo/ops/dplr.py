@@ -158,7 +158,7 @@ def kernels(model: DPLR, inputs_JEN: Tensor, length: int) -> Tensor:
     F = length // 2 + 1
     angle_F = torch.arange(F, device=c.device, dtype=torch.float64) * (-2 * torch.pi / length)
     z_F = torch.polar(torch.ones_like(angle_F), angle_F).to(c.dtype)
-    pieces = z_F.split(max(1, _ROOM // (2 * model.w_EN.numel())))
+    pieces = z_F.split(max(1, _ROOM // model.w_EN.numel()))
     spectra = [
         _spectrum(truncated, inputs_JEN, z)
         if len(pieces) == 1
@@ -169,17 +169,29 @@ def kernels(model: DPLR, inputs_JEN: Tensor, length: int) -> Tensor:
 
 
 def _spectrum(model: DPLR, inputs_JEN: Tensor, z_F: Tensor) -> Tensor:
-    """C ((1 - z) I - dt/2 (1 + z) A)^-1 dt v at the points z: (Q, J, E, F)."""
-    turn_EF = model.dt_E[:, None] / 2 * (1 + z_F)
-    w_EM = torch.cat([model.w_EN, model.w_EN.conj()], -1)
-    cauchy_EMF = 1 / ((1 - z_F) - w_EM[..., None] * turn_EF[:, None])
+    """C ((1 - z) I - dt/2 (1 + z) A)^-1 dt v at the points z: (Q, J, E, F).
+
+    With s = 1 - z and t = dt/2 (1 + z) both halves of a pair have one denominator, so that sums over pairs are real
+    matrix products:  a / (s - w t) + a* / (s - w* t) = (2 Re(a) s - 2 Re(a w*) t) / (s^2 - 2 Re(w) s t + |w|^2 t^2).
+    """
+    s_F, t_EF = 1 - z_F, model.dt_E[:, None] / 2 * (1 + z_F)
+    w_EN, E = model.w_EN, len(model.w_EN)
+    terms_E2F = torch.stack([s_F * t_EF, t_EF.square()], 1)
+    factors_EN2 = torch.stack([-2 * w_EN.real, w_EN.real.square() + w_EN.imag.square()], -1)
+    below_ENF = 1 / (s_F.square() + _real_product(factors_EN2, terms_E2F))
     rows = torch.cat([model.c_QEN, model.p_EN.conj()[None]])  # what reads: C and P*
     columns = torch.cat([inputs_JEN, model.p_EN[None]])  # what is read: v and P
-    weights = rows[:, None] * columns
-    weights = torch.cat([weights, weights.conj()], -1).flatten(0, 1).transpose(0, 1)  # (E, rows * columns, M)
-    r = (weights @ cauchy_EMF).unflatten(1, (len(rows), len(columns))).permute(1, 2, 0, 3)
-    correction = r[:-1, -1:] * (turn_EF / (1 + turn_EF * r[-1, -1])) * r[-1:, :-1]
+    a_ERN = (rows[:, None] * columns).flatten(0, 1).transpose(0, 1)  # R: every row with every column
+    above_EQN = torch.cat([2 * a_ERN.real, -2 * (a_ERN * w_EN.conj()[:, None]).real], 1)
+    times_s, times_t = _real_product(above_EQN, below_ENF).unflatten(1, (2, len(rows), len(columns))).unbind(1)
+    r = (s_F * times_s + t_EF.view(E, 1, 1, -1) * times_t).permute(1, 2, 0, 3)
+    correction = r[:-1, -1:] * (t_EF / (1 + t_EF * r[-1, -1])) * r[-1:, :-1]
     return (r[:-1, :-1] - correction) * model.dt_E[:, None]
+
+
+def _real_product(a_ERN: Tensor, b_ENF: Tensor) -> Tensor:
+    """a @ b for a real and b complex."""
+    return torch.view_as_complex((a_ERN @ torch.view_as_real(b_ENF).flatten(-2)).unflatten(-1, (-1, 2)))
 
 
 def _power(a_EMM: Tensor, exponent: int) -> Tensor:
