@@ -91,8 +91,13 @@ def _find(name: str) -> tuple[Any, ZooConfig]:
 def _positions(config: ZooConfig) -> str:
     if config.positions == "learned":
         return f"learned, up to {config.max_position_embeddings:,}"
-    rotary = [layer["mixer"].get("rotary") for layer in config.layers]
+    rotary = [_has_rotary(layer["mixer"]) for layer in config.layers]
     return "rotary" if all(rotary) else "rotary in some layers" if any(rotary) else "none"
+
+
+def _has_rotary(options: dict[str, Any]) -> bool:
+    """Whether a mixer, or a mixer inside it, turns its queries and keys."""
+    return bool(options.get("rotary")) or any(_has_rotary(v) for v in options.values() if isinstance(v, dict))
 
 
 def _layers(model: Any, config: ZooConfig) -> list[dict[str, Any]]:
