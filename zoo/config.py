@@ -93,10 +93,30 @@ def _keys_at(cls: type[BaseModel], loc: tuple) -> list[str]:
     return list(cls.model_fields)
 
 
+class DepthOptions(Options):
+    """Options of a block that only some tokens take (`zoo.models.depth`).
+
+    capacity: the share of the tokens of a sequence. predictor: inner size of what decides in decoding; None: the
+    router itself. loss_weight: of its loss. bias: whether the router's weights have a learned constant.
+    """
+
+    capacity: float = Field(0.125, gt=0, le=1)
+    predictor: int | None = Field(64, ge=1, le=1 << 16)
+    loss_weight: float = Field(0.01, gt=0, le=100)
+    bias: bool = False
+
+    @model_validator(mode="after")
+    def _decides(self) -> Self:
+        if self.predictor is None and not self.bias:
+            raise ValueError("predictor: null decides by the sign of the router's weights, which needs bias: true")
+        return self
+
+
 class LayerSpec(BaseModel):
     """One block: a sequence mixer and, unless None, a channel mixer.
 
-    With `same_as`, the index of an earlier layer, the block of that layer runs again, with the same weights.
+    With `same_as`, the index of an earlier layer, the block of that layer runs again, with the same weights. With
+    `depth` only some tokens take the block.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -104,6 +124,7 @@ class LayerSpec(BaseModel):
     mixer: Any
     ffn: Any = None
     same_as: int | None = None
+    depth: DepthOptions | None = None
 
     @model_validator(mode="after")
     def _resolve(self) -> Self:
@@ -120,22 +141,45 @@ class LayerSpec(BaseModel):
     def plain(self) -> dict[str, Any]:
         """The layer as JSON types."""
         plain = {"mixer": self.mixer.plain(), "ffn": None if self.ffn is None else self.ffn.plain()}
+        if self.depth is not None:
+            plain["depth"] = self.depth.plain()
         return plain if self.same_as is None else {**plain, "same_as": self.same_as}
 
 
 def _layer(value: Any, i: int, before: list[LayerSpec]) -> LayerSpec:
-    """Layer i of a model; one with `same_as` has the mixer and channel mixer of that layer and need not name them."""
+    """Layer i of a model; one with `same_as` has the options of that layer and need not repeat them."""
     same = value.get("same_as") if isinstance(value, dict) else getattr(value, "same_as", None)
     if same is None:
         return value if isinstance(value, LayerSpec) else LayerSpec(**value)
     if isinstance(same, bool) or not isinstance(same, int) or not 0 <= same < i:
         raise ValueError(f"layers.{i}.same_as: must be the index of an earlier layer, got {same!r}")
     first = before[same]
-    layer = LayerSpec(**{"mixer": first.mixer, "ffn": first.ffn, **value}) if isinstance(value, dict) else value
-    for key in ("mixer", "ffn"):
+    keys = ("mixer", "ffn", "depth")
+    layer = LayerSpec(**{**{k: getattr(first, k) for k in keys}, **value}) if isinstance(value, dict) else value
+    for key in keys:
         if getattr(layer, key) != getattr(first, key):
             raise ValueError(f"layers.{i}.{key}: differs from that of layer {same}, whose weights it uses (same_as)")
     return layer.model_copy(update={"same_as": same if first.same_as is None else first.same_as})
+
+
+class ExitOptions(Options):
+    """Options of early exits (`zoo.models.early_exit`).
+
+    layers: after which a token may leave. confidence: the largest probability ("max"), the difference of the two
+    largest ("margin"), or the entropy in nats. threshold: from where on (for the entropy: up to where) a token leaves;
+    None: never. own_norms: whether each exit has a norm, or all use the model's last one.
+    """
+
+    layers: list[int] = Field(min_length=1, max_length=MAX_LAYERS)
+    confidence: Literal["max", "margin", "entropy"] = "max"
+    threshold: float | None = Field(None, ge=0, le=100)
+    own_norms: bool = True
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if sorted(set(self.layers)) != self.layers or self.layers[0] < 0:
+            raise ValueError(f"layers: must be indices of layers in rising order, got {self.layers}")
+        return self
 
 
 def _default_layers() -> list[dict]:
@@ -170,6 +214,7 @@ class ModelSpec(Options):
     normalize_embeddings: bool = True
     classifier_dropout: float = Field(0.0, ge=0, lt=1)
     initializer_range: float = Field(0.02, gt=0, le=10)
+    exits: ExitOptions | None = None
     origin: dict[str, Any] = Field(default_factory=dict)  # teacher, layout and original config of a converted model
 
     @model_validator(mode="before")
@@ -190,6 +235,10 @@ class ModelSpec(Options):
             except TypeError:
                 raise ValueError(f"layers.{i}: expected {{mixer: ..., ffn: ...}}, got {layer!r}") from None
         object.__setattr__(self, "layers", layers)
+        if self.exits is not None and self.exits.layers[-1] >= len(layers):
+            raise ValueError(f"exits.layers: the last layer is {len(layers) - 1}, got {self.exits.layers[-1]}")
+        if self.exits is not None and self.task != "causal-lm":
+            raise ValueError(f"exits: only a causal-lm predicts token by token, got task {self.task!r}")
         return self
 
     def plain(self) -> dict[str, Any]:
@@ -205,6 +254,7 @@ class Pattern(Options):
     mixers: dict[str, dict[str, Any]] = Field(default_factory=dict)
     defaults: dict[str, Any] = Field(default_factory=dict)
     ffn: dict[str, Any] | None = None
+    depth: dict[str, Any] | None = None  # options of blocks that only some tokens take, and `every`: how many layers
 
 
 def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -226,6 +276,9 @@ def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
     names = {name for name, _ in words}
     if unused := set(pattern.mixers) - names:
         raise ConfigError(f"layers.mixers.{min(unused)}: not in the pattern{did_you_mean(min(unused), names)}")
+    depth = {"every": 2, **(pattern.depth or {})}
+    if not isinstance(every := depth.pop("every"), int) or not 1 <= every <= MAX_LAYERS:
+        raise ConfigError(f"layers.depth.every: must be a number of layers, got {every!r}")
     layers: list[dict[str, Any]] = []
     first: dict[str, int] = {}
     for i in range(pattern.num_hidden_layers):
@@ -236,6 +289,8 @@ def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
                 "ffn": None if pattern.ffn is None else dict(pattern.ffn),
             }
         )
+        if pattern.depth is not None and i % every == every - 1:
+            layers[i]["depth"] = dict(depth)
         if label is not None and first.setdefault(label, i) != i:
             layers[i]["same_as"] = first[label]
     return layers

@@ -39,6 +39,7 @@ class Block(GradientCheckpointingLayer):
     """A sequence mixer and a channel mixer with their norms and residuals."""
 
     runs_as: str | None = None  # a name, where the block runs more than once in a pass
+    auxiliary_loss: Tensor | None = None  # what the block itself added to the loss in the last forward
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
         super().__init__()
@@ -98,6 +99,15 @@ class Block(GradientCheckpointingLayer):
         if not isinstance(self.ffn, ChannelMixer):
             return state
         return state.joined("ffn.", self.ffn.init_state(batch_size, device=device, dtype=dtype))
+
+
+def make_block(spec: ModelSpec, layer: LayerSpec) -> Block:
+    """The block of a layer."""
+    if layer.depth is None:
+        return Block(spec, layer)
+    from zoo.models.depth import RoutedBlock
+
+    return RoutedBlock(spec, layer)
 
 
 class ZooPreTrainedModel(PreTrainedModel):
@@ -165,7 +175,7 @@ class ZooModel(ZooPreTrainedModel):
             self.embed_token_types = nn.Embedding(spec.token_types, spec.hidden_size)
         self.embed_norm = make_norm(spec) if spec.embedding_norm else None
         self.dropout = nn.Dropout(spec.embedding_dropout)
-        self.layers: Any = make_layers(spec, Block)  # whose type forgets the Blocks
+        self.layers: Any = make_layers(spec, make_block)  # whose type forgets the Blocks
         self.norm = make_norm(spec) if spec.final_norm else None
         self.gradient_checkpointing = False
         mixers = [m for m in self.modules() if isinstance(m, SequenceMixer | ChannelMixer)]
@@ -183,6 +193,7 @@ class ZooModel(ZooPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        run_block: Callable[..., tuple[Tensor, State | None]] | None = None,
         **unused: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, L, D) after the final norm.
@@ -195,6 +206,7 @@ class ZooModel(ZooPreTrainedModel):
             past_key_values: a cache of earlier calls, or an empty one to fill.
             use_cache: whether to return one; the default is the config's, and False in training.
             output_hidden_states: whether to return the input of every block and the final state.
+            run_block: called as ``run_block(i, block, *arguments of the block)`` in place of each block.
 
         Raises ValueError for a mask that is not two-dimensional, and for positions beyond the learned ones.
         """
@@ -211,7 +223,8 @@ class ZooModel(ZooPreTrainedModel):
             if keep:
                 hidden.append(x_BLD)
             state = None if cache is None else self._state(cache, i, x_BLD)
-            x_BLD, state = block(x_BLD, mask_BL, segment_ids, state, shared)
+            arguments = (x_BLD, mask_BL, segment_ids, state, shared)
+            x_BLD, state = block(*arguments) if run_block is None else run_block(i, block, *arguments)
             if cache is not None:
                 cache.layers[i].set(state)
         if self.norm is not None:
@@ -230,8 +243,8 @@ class ZooModel(ZooPreTrainedModel):
         return state_cache(layers) if use_cache else None
 
     def auxiliary_loss(self) -> Tensor | None:
-        """The sum of what channel mixers added to the loss in the last forward (load balancing); None without any."""
-        parts = [m.auxiliary_loss for m in self.modules() if isinstance(m, ChannelMixer)]
+        """The sum of what blocks and channel mixers added to the loss in the last forward; None without any."""
+        parts = [m.auxiliary_loss for m in self.modules() if isinstance(m, Block | ChannelMixer)]
         losses = [part for part in parts if part is not None]
         return torch.stack(losses).sum() if losses else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from zoo.config import ModelSpec, ZooConfig
 from zoo.errors import TraitError
 from zoo.linear import Linear
 from zoo.models.backbone import ZooModel, ZooPreTrainedModel, make_norm
+from zoo.models.early_exit import EarlyExits, ExitOutput
 
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -38,6 +40,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         if not self.model.is_causal:
             raise TraitError("a causal LM needs causal layers: set causal: true on every mixer, or take task masked-lm")
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.exits = EarlyExits(config.spec) if config.exits else None
         self.post_init()
 
     def forward(
@@ -55,18 +58,28 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         `labels` (B, L) are the input ids themselves (shifted inside); -100 is not counted. The rest as `ZooModel`.
         """
         extra = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in kwargs}
+        leaving = self.exits.start(self) if self.exits is not None else None
+        if leaving is not None:
+            kwargs["run_block"] = leaving
         out = self.model(input_ids, attention_mask, past_key_values=past_key_values, **kwargs)
+        x_BLD = out.last_hidden_state if leaving is None else leaving.finish(out.last_hidden_state)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         if isinstance(logits_to_keep, Tensor):
             keep = logits_to_keep  # type: ignore[assignment]
-        logits = self.lm_head(out.last_hidden_state[:, keep])
+        logits = self.lm_head(x_BLD[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
+            loss_of = partial(self.loss_function, labels=labels, vocab_size=self.config.vocab_size, **extra)
+            loss = loss_of(logits)
+            if leaving is not None and self.training:
+                loss = leaving.loss(loss, loss_of)
             loss = self.with_auxiliary(loss)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
-        )
+        kept = {"past_key_values": out.past_key_values, "hidden_states": out.hidden_states}
+        if self.exits is not None:
+            return ExitOutput(
+                loss=loss, logits=logits, layers_used=None if leaving is None else leaving.used_BL, **kept
+            )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **kept)
 
 
 class MaskedLMTransform(nn.Module):
