@@ -118,7 +118,7 @@ def test_a_conversion_needs_scales_that_can_be_zero():
 # Falcon-H1: https://arxiv.org/abs/2507.22448, table 4 and the model cards; Bamba: https://huggingface.co/blog/bamba.
 SIZES = {
     "falcon-h1-0.5b": 0.521, "falcon-h1-1.5b": 1.555, "falcon-h1-deep-1.5b": 1.555, "falcon-h1-3b": 3.15,
-    "falcon-h1-7b": 7.59, "falcon-h1-34b": 33.6, "bamba-9b": 9.78,
+    "falcon-h1-7.6b": 7.59, "falcon-h1-34b": 33.6, "bamba-9.8b": 9.78,
 }  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def test_published_sizes(name):
 
 
 def test_bamba_has_attention_in_three_layers():
-    names = model_config("bamba-9b").mixer_names
+    names = model_config("bamba-9.8b").mixer_names
     assert [i for i, name in enumerate(names) if name == "attention"] == [9, 18, 27]
 
 

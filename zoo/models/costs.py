@@ -6,6 +6,7 @@ a formula which the code could contradict. Layers that are equal are built and r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +61,18 @@ def state_bytes(model: Any, length: int) -> int | None:
     total = torch.long.itemsize if learned else 0  # the number of tokens seen
     by_kind: dict[str, int] = {}
     for block in model.model.layers:
-        kind = repr((block.mixer.config, getattr(block.ffn, "config", None)))
+        taken = _tokens(block, length)
+        kind = repr((block.mixer.config, getattr(block.ffn, "config", None), taken))
         if kind not in by_kind:
             fed = block.ffn.init_state(1).nbytes if isinstance(block.ffn, ChannelMixer) else 0
-            by_kind[kind] = _full_state_bytes(block.mixer, length) + fed
+            by_kind[kind] = _full_state_bytes(block.mixer, taken) + fed
         total += by_kind[kind]
     return total
+
+
+def _tokens(block: Any, length: int) -> int:
+    """How many of `length` tokens a block takes: all, or the share of one that only some take."""
+    return math.ceil(length * block.depth.capacity) if hasattr(block, "depth") else length
 
 
 def _full_state_bytes(mixer: SequenceMixer, length: int) -> int:
@@ -104,11 +111,12 @@ def flops_per_token(model: Any, length: int) -> float | None:
     total = 0.0
     known: dict[str, float] = {}
     for block in model.model.layers:
+        taken = _tokens(block, length)
         for part in (block.mixer, block.ffn):
-            kind = repr(part.config) if part is not None else ""
+            kind = repr((part.config, taken)) if part is not None else ""
             if part is not None and kind not in known:
                 try:
-                    known[kind] = _products(part, length, model.config.hidden_size)
+                    known[kind] = _products(part, taken, model.config.hidden_size) * (taken / length)
                 except (NotImplementedError, RuntimeError, ConfigError):  # asked for a number, or too long for it
                     return None
             total += known.get(kind, 0.0)
