@@ -168,6 +168,7 @@ def _converted(recipe: Recipe, teacher: Any, tokenizer: Any, data: Documents, ou
             mixer_options=recipe.mixer_options or None,
             data=data,
             calibrate=recipe.calibrate,
+            length=min(512, max(stage.length for stage in recipe.stages)),  # the student may take no longer rows
             seed=recipe.seed,
             progress=progress,
         )

@@ -43,7 +43,7 @@ def tables(score: Mapping[str, Any]) -> list[Table]:
     rows = score["rows"]
     header = ["", *(row["role"].replace("_", " ") for row in rows)]
     made = [
-        (f"Quality on {_held_out(score)}", {"model": lambda row: row["name"], **_quality()}),
+        (f"Quality on {_held_out(score)}", {"model": lambda row: row["name"], **_quality(rows)}),
         ("Branches, on a part of the tokens", _branches()),
         ("Recall (share right) by length", _recall(rows)),
         ("Cost", _cost(rows)),
@@ -61,10 +61,19 @@ def _held_out(score: Mapping[str, Any]) -> str:
     data = score.get("data", {})
     if "tokens" not in data:
         return "held-out text"
+    if data.get("rows_from") == "texts":
+        return f"{data['rows']} held-out texts of up to {data['length']} tokens"
     return f"{data['tokens']} held-out tokens in rows of {data['length']}"
 
 
-def _quality() -> dict[str, Cell]:
+def _quality(rows: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
+    def cosine(row: Mapping[str, Any]) -> str:
+        error = row.get("cosine_standard_error")
+        return _number(row.get("cosine"), 4) + (f" ± {error:.4f}" if error and error >= 5e-5 else "")
+
+    def by_length(n: str) -> Cell:
+        return lambda row: _number(_at(row, "cosine_by_length", n), 4)
+
     def kl(row: Mapping[str, Any]) -> str:
         error = row.get("kl_standard_error")
         return _number(row.get("kl"), 4) + (f" ± {error:.4f}" if error else "")
@@ -73,7 +82,10 @@ def _quality() -> dict[str, Cell]:
         "perplexity": lambda row: _number(row.get("perplexity"), 2),
         "KL to the teacher, nats": kl,
         "top-1 agreement": lambda row: _percent(row.get("top1")),
-        "cosine": lambda row: _number(row.get("cosine"), 4),
+        "cosine to the teacher's embedding": cosine,
+        **{f"cosine, {n} tokens": by_length(n) for n in _lengths(rows, "cosine_by_length")},
+        "Spearman of pairwise similarities": lambda row: _number(row.get("spearman"), 4),
+        "same nearest neighbour": lambda row: _percent(row.get("neighbour")),
         "greedy agreement, tokens": lambda row: _number(row.get("greedy_agreement"), 1),
     }
 
@@ -200,7 +212,7 @@ def write_card(
         front_matter=_front_matter(lineage, student, task, tags),
         title=title or folder.resolve().name,
         summary=_summary(student, teacher, lineage),
-        location=location or str(folder),
+        usage=_usage(location or str(folder), task),
         lineage=_lineage(lineage, student, values),
         score=_score_section(values),
         plots="\n\n".join(f"![{alt}]({name})" for name, alt in PLOTS.items() if (folder / name).is_file()),
@@ -250,6 +262,13 @@ def _summary(student: Mapping[str, Any], teacher: Mapping[str, Any] | None, line
             f"On held-out text KL(teacher || student) is {kl:.3f} nats per token, and the likeliest next token is the "
             f"teacher's {100 * top1:.1f} % of the time."
         )
+    cosine, neighbour = student.get("cosine"), student.get("neighbour")
+    if cosine is not None:
+        told = ""
+        if neighbour is not None:
+            share = f"{100 * neighbour:.1f} % of the time"
+            told = f", and a text's nearest neighbour is the one that the teacher finds {share}"
+        sentences.append(f"On held-out text the mean cosine to the teacher's embedding is {cosine:.3f}{told}.")
     ratios = _ratios(student, teacher)
     return " ".join([*sentences, *ratios])
 
@@ -265,6 +284,23 @@ def _ratios(student: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> li
         longest = max(speedup, key=int)
         out.append(f"After {longest} tokens it writes {speedup[longest]:.2f}x as fast.")
     return out
+
+
+def _usage(location: str, task: str) -> str:
+    """How to load the model, and what to do with it."""
+    if task == "sentence-embedding":
+        return (
+            "```python\nimport torch, zoo\nfrom transformers import AutoTokenizer\n"
+            f'model = zoo.create_model("{location}").eval()\ntokenizer = AutoTokenizer.from_pretrained("{location}")\n'
+            'batch = tokenizer(["A first text.", "And another one."], padding=True, return_tensors="pt")\n'
+            "with torch.no_grad():\n    embeddings = model(**batch).pooler_output  # (2, width), of length one\n```"
+        )
+    return (
+        f'```python\nimport zoo\nmodel = zoo.create_model("{location}")\n'
+        "print(model.num_parameters(), model.config.mixer_names)\n```\n\n"
+        "The model is a transformers `PreTrainedModel`: tokenizer, `generate()` and batches work as with any other. "
+        f'From the command line:\n`zoo generate {location} --prompt "..."`.'
+    )
 
 
 def _lineage(lineage: Mapping[str, Any], student: Mapping[str, Any], score: Mapping[str, Any]) -> str:
@@ -314,6 +350,9 @@ def _score_section(score: Mapping[str, Any]) -> str:
 def _limits(score: Mapping[str, Any], student: Mapping[str, Any], limits: Sequence[str]) -> str:
     found = ["It inherits what its teacher gets wrong; nothing was done about it here."]
     length = score.get("data", {}).get("length")
+    if student.get("cosine") is not None:
+        found += [f"Embeddings were compared on texts of at most {length} tokens, of one kind."] if length else []
+        return "\n".join(f"- {line}" for line in (*found, *limits))
     if length:
         found.append(f"KL and perplexity were measured on texts of {length} tokens, of one kind.")
     window = next((row for row in score["rows"] if row.get("role") == "window_baseline"), None)

@@ -1,8 +1,10 @@
 """Documents to batches of packed tokens, as a stream that goes on exactly where it stopped.
 
 A row is full: documents follow each other, each ended by the tokenizer's end-of-text token, and a document that does
-not fit goes on in the next row. `segment_ids` keep documents in a row from seeing each other. The place in the stream
-is a few numbers; going back to it reads the source again without encoding it.
+not fit goes on in the next row. `segment_ids` keep documents in a row from seeing each other. Without packing ("none")
+a row is one document, cut at `length`, and rows of about the same length make a batch, padded on the right: what a
+sentence encoder reads. The place in the stream is a few numbers; going back to it reads the source again without
+encoding it.
 """
 
 from __future__ import annotations
@@ -19,15 +21,25 @@ from zoo.text import Documents, Source, describe, encode
 
 SHUFFLE_DOCUMENTS = 4096
 SHUFFLE_CHARACTERS = 1 << 25
+BATCHES_AT_ONCE = 16  # without packing, documents of so many batches are put in order of their length
 PIECE_CHARACTERS = 1 << 20  # longer documents are cut, so that a file of a gigabyte is never encoded as a whole
 
 
 class Batch(NamedTuple):
-    """input_ids_BL; targets_BL: the next token of the same document, or -100; segment_ids_BL or None (one a row)."""
+    """input_ids_BL; targets_BL: the next token of the same document, or -100; segment_ids_BL or None (one a row).
+
+    mask_BL is False at padding, or None where there is none.
+    """
 
     input_ids: Tensor
     targets: Tensor
     segment_ids: Tensor | None
+    mask: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are, padding not counted."""
+        return self.input_ids.numel() if self.mask is None else int(self.mask.sum())
 
     def to(self, device: Any) -> Batch:
         """The same batch on a device."""
@@ -70,7 +82,7 @@ class PackedBatches:
         tokenizer: a transformers tokenizer.
         batch_size, length: rows and tokens in a row.
         seed: decides the order.
-        packing: "separate" (segments) or "joined" (documents in a row see each other).
+        packing: "separate" (segments), "joined" (documents in a row see each other) or "none" (one document a row).
         rank, world: this process takes the `rank`-th of every `world` batches.
         restart_after: batches after which the stream begins again from the first, in the same order.
 
@@ -99,9 +111,11 @@ class PackedBatches:
     def _start(self) -> None:
         self.index = 0  # batches given since the start
         self.passes = 0  # times the whole source was read
+        self.begun = (0, 0)  # without packing: passes and taken before the documents of `waiting` were read
         self.taken = 0  # documents taken in this pass
         self.ids: list[int] = []  # the document that is being cut into rows
-        self.offset = 0  # how many of its tokens were given
+        self.offset = 0  # how many of its tokens were given; without packing, how many batches of `waiting`
+        self.waiting: list[list[list[int]]] = []  # without packing: the batches made of the documents read last
         self._stream: Iterator[str] | None = None
 
     def __iter__(self) -> PackedBatches:
@@ -110,8 +124,10 @@ class PackedBatches:
     def __next__(self) -> Batch:
         if self.restart_after is not None and self.index == self.restart_after:
             self._start()
-        rows = [self._row() for _ in range(self.batch_size * self.world)]
         self.index += 1
+        if self.packing == "none":
+            return self._unpacked()
+        rows = [self._row() for _ in range(self.batch_size * self.world)]
         rows = rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
         return make_batch([ids for ids, _ in rows], [starts for _, starts in rows], self.packing)
 
@@ -128,6 +144,22 @@ class PackedBatches:
             self.offset = min(self.offset + room, len(self.ids))
         return row, starts
 
+    def _unpacked(self) -> Batch:
+        """The next batch of one document a row."""
+        if self.offset == len(self.waiting):
+            self._fill()
+        rows = self.waiting[self.offset][self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        self.offset += 1
+        return padded_batch(rows, self.tokenizer)
+
+    def _fill(self) -> None:
+        """Read documents for some batches, those of one length together; the batches come in a random order."""
+        self.begun, size = (self.passes, self.taken), self.batch_size * self.world
+        rows = [encode_row(self.tokenizer, self._next_document(), self.length) for _ in range(BATCHES_AT_ONCE * size)]
+        rows.sort(key=len)
+        self.waiting, self.offset = [rows[i : i + size] for i in range(0, len(rows), size)], 0
+        random.Random(f"{self.seed} {self.begun}").shuffle(self.waiting)
+
     def _next_document(self) -> str:
         for _ in range(2):
             if self._stream is None:
@@ -143,7 +175,8 @@ class PackedBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream, as JSON types."""
-        return {"index": self.index, "passes": self.passes, "taken": self.taken, "offset": self.offset}
+        passes, taken = self.begun if self.waiting else (self.passes, self.taken)
+        return {"index": self.index, "passes": passes, "taken": taken, "offset": self.offset}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a place in the stream. Raises DataError where the source has become shorter."""
@@ -156,7 +189,11 @@ class PackedBatches:
             if not last:
                 raise DataError(f"{describe(self.documents)}: shorter than when the run was started; it cannot resume")
         self.taken = state["taken"]
-        self.ids = encode(self.tokenizer, last) if last else []
+        if self.packing == "none":
+            if state["index"]:
+                self._fill()
+        else:
+            self.ids = encode(self.tokenizer, last) if last else []
         self.offset = state["offset"]
 
 
@@ -173,6 +210,25 @@ def make_batch(rows: list[list[int]], starts: list[list[int]], packing: str) -> 
         targets_BL[b, [p - 1 for p in places if p > 0]] = -100
     segments_BL = segments_BL.cumsum(1)
     return Batch(ids_BL, targets_BL, segments_BL if max(map(len, starts)) > 1 else None)
+
+
+def encode_row(tokenizer: Any, text: str, length: int) -> list[int]:
+    """Token ids of a document, cut at `length`; a special token that ends it still does."""
+    ids = encode(tokenizer, text)
+    if len(ids) <= length:
+        return ids
+    end = ids[-1:] if ids[-1] in tokenizer.all_special_ids else []
+    return ids[: length - len(end)] + end
+
+
+def padded_batch(rows: list[list[int]], tokenizer: Any) -> Batch:
+    """Rows of ids of any length -> tensors padded on the right, with a mask where there is padding."""
+    longest, pad = max(map(len, rows)), getattr(tokenizer, "pad_token_id", None) or 0
+    ids_BL = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], dtype=torch.long)
+    mask_BL = torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
+    targets_BL = torch.full_like(ids_BL, -100)
+    targets_BL[:, :-1] = ids_BL[:, 1:].masked_fill(~mask_BL[:, 1:], -100)
+    return Batch(ids_BL, targets_BL, None, None if bool(mask_BL.all()) else mask_BL)
 
 
 def evaluation_batches(

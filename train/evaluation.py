@@ -353,19 +353,3 @@ def greedy_agreement(
 def _first(is_BT: Tensor, otherwise: int) -> Tensor:
     """Index of the first True in each row, or `otherwise`."""
     return torch.where(is_BT.any(1), is_BT.int().argmax(1), otherwise)
-
-
-def embedding_cosine(
-    teacher: Any, students: Mapping[str, Any], rows_NL: Tensor, *, batch_tokens: int = 4096
-) -> dict[str, float]:
-    """Mean cosine between the sentence embeddings of teacher and students."""
-    names = {"teacher": teacher, **students}
-    shared_vocabulary(names, rows_NL)
-    sums = dict.fromkeys(names, 0.0)
-    with evaluating(*names.values()):
-        for rows_BL in rows_NL.split(max(1, batch_tokens // rows_NL.shape[1])):
-            teacher_BD = teacher(rows_BL.to(teacher.device)).pooler_output.double()
-            for name, model in names.items():
-                own_BD = model(rows_BL.to(model.device)).pooler_output.double().to(teacher_BD.device)
-                sums[name] += float(F.cosine_similarity(own_BD, teacher_BD, dim=-1).sum())
-    return {name: value / len(rows_NL) for name, value in sums.items()}

@@ -214,12 +214,13 @@ class StageLoop:
         factor = stage.schedule.factor(min(1.0, share + half))
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        started = time.monotonic()
+        started, tokens = time.monotonic(), 0
         self.loss: float = 0.0
         self.terms: dict[str, float] = {}
         for part in range(stage.accumulate):
             place = self.data.state_dict()
             batch = next(self.data).to(self.device)
+            tokens += batch.tokens
             guide = self._guide(batch)
             last = part == stage.accumulate - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
@@ -238,10 +239,12 @@ class StageLoop:
         self.optimizer.zero_grad()
         self._update_ema()
         state.step, state.stage_steps = state.step + 1, state.stage_steps + 1
-        state.tokens, state.stage_tokens = state.tokens + self.step_tokens, state.stage_tokens + self.step_tokens
+        # Full rows need not be counted; a step of padded ones has at most `step_tokens`.
+        tokens = int(self._sum(tokens)) if stage.packing == "none" else self.step_tokens
+        state.tokens, state.stage_tokens = state.tokens + tokens, state.stage_tokens + tokens
         self.loss = self._sum(self.loss) / self.accelerator.num_processes
         state.first_loss = self.loss if state.first_loss is None else state.first_loss
-        self.speed = self.step_tokens / max(1e-9, time.monotonic() - started)
+        self.speed = tokens / max(1e-9, time.monotonic() - started)
         if self.watch.update(self.loss):
             raise TrainingError(
                 f"step {state.step}, stage {self.index + 1} ({stage.kind}): the loss diverges, {self.loss:.4g} after "

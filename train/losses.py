@@ -10,17 +10,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 512  # tokens whose logits exist at one time, in the dtype of the product
 BLOCK = 1 << 20  # numbers that are in work in float32 at one time: they stay in the cache
 
 
-def relative_error(y: Tensor, target: Tensor) -> Tensor:
-    """||y - target||^2 / ||target||^2 over all entries, a scalar; the gradient does not reach the target."""
+def relative_error(y: Tensor, target: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+    """||y - target||^2 / ||target||^2 over all entries, a scalar; the gradient does not reach the target.
+
+    mask_BL: False at the positions of y (B, L, D) that are not counted.
+    """
     wide = torch.promote_types(y.dtype, torch.float32)
     y, target = y.to(wide), target.detach().to(wide)
+    if mask_BL is not None:
+        y, target = (x.masked_fill(~mask_BL[..., None], 0) for x in (y, target))
     return (y - target).square().sum() / target.square().sum().clamp_min(1e-20)
+
+
+def embedding_distance(y_BD: Tensor, target_BD: Tensor) -> Tensor:
+    """1 - cosine of each sentence's embedding and the teacher's, the mean; the gradient does not reach the target."""
+    wide = torch.promote_types(y_BD.dtype, torch.float32)
+    return 1 - F.cosine_similarity(y_BD.to(wide), target_BD.detach().to(wide), dim=-1).mean()
 
 
 def head_loss(

@@ -90,17 +90,19 @@ class LossWeights(Options):
 
     kl: KL(teacher || student) at the stage's temperature, times its square. ce: cross-entropy of the next token.
     hidden: relative squared error of each layer's output. mixer: relative squared error of each converted mixer.
+    embedding: 1 - cosine to the teacher's sentence embedding, for encoders of sentences.
     """
 
     kl: float = Field(default=0.0, ge=0, le=1e6)
     ce: float = Field(default=0.0, ge=0, le=1e6)
     hidden: float = Field(default=0.0, ge=0, le=1e6)
     mixer: float = Field(default=0.0, ge=0, le=1e6)
+    embedding: float = Field(default=0.0, ge=0, le=1e6)
 
     @model_validator(mode="after")
     def _some(self) -> Self:
-        if not any((self.kl, self.ce, self.hidden, self.mixer)):
-            raise ValueError("every weight is 0, so there is nothing to learn; set kl, ce, hidden or mixer")
+        if not any((self.kl, self.ce, self.hidden, self.mixer, self.embedding)):
+            raise ValueError("every weight is 0, so there is nothing to learn; set kl, ce, hidden, mixer or embedding")
         return self
 
 
@@ -126,7 +128,7 @@ class Stage(Options):
     length: int = Field(default=512, ge=2, le=1 << 24)
     batch_size: int = Field(default=2, ge=1, le=1 << 20)
     accumulate: int = Field(default=1, ge=1, le=1 << 16)
-    packing: Literal["separate", "joined"] = "separate"  # whether documents in a row see each other
+    packing: Literal["separate", "joined", "none"] = "separate"  # how documents share a row: see `zoo.train.data`
     lr: float = Field(default=3e-4, gt=0, le=10)
     schedule: Schedule = Schedule()
     train: str | list[str] | dict[str, float] | None = None
@@ -159,10 +161,14 @@ class Stage(Options):
     def _fits(self) -> Self:
         if self.epochs > 1 and self.budget.unit != "tokens":
             raise ValueError(f"epochs={self.epochs} needs a budget in tokens, got one in {self.budget.unit}")
+        if self.epochs > 1 and self.packing == "none":
+            raise ValueError(f"epochs={self.epochs} counts full rows; it cannot be used with packing: none")
         loss = self.weights
-        if self.kind == "align" and (loss.kl or loss.ce or loss.hidden):
+        if loss.embedding and self.packing != "none":
+            raise ValueError(f"loss.embedding is of a whole text, so packing must be none, not {self.packing}")
+        if self.kind == "align" and (loss.kl or loss.ce or loss.hidden or loss.embedding):
             raise ValueError("an align stage compares mixers only; its loss is {mixer: weight}")
-        if self.kind in ("pretrain", "finetune") and (loss.kl or loss.hidden or loss.mixer):
+        if self.kind in ("pretrain", "finetune") and (loss.kl or loss.hidden or loss.mixer or loss.embedding):
             raise ValueError(f"a {self.kind} stage has no teacher; its loss is {{ce: weight}}")
         return self
 

@@ -20,14 +20,16 @@ from torch import Tensor
 
 from zoo.errors import ConfigError, DataError
 from zoo.train import tasks
-from zoo.train.evaluation import Ablated, Comparison, branched, compare, embedding_cosine, greedy_agreement
+from zoo.train.embeddings import compare_embeddings
+from zoo.train.evaluation import Ablated, Comparison, branched, compare, greedy_agreement
 from zoo.train.measure import fits, machine, measure_speed, parameters, position_limit, state_bytes_at, versions
-from zoo.train.score_inputs import check_tasks, one_tokenizer, resolve_model, sample_rows
+from zoo.train.score_inputs import check_tasks, one_tokenizer, resolve_model, sample_rows, sample_sentences
 
 ROLES = ("teacher", "untrained", "student", "window_baseline")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROW_KEYS = (
-    "name", "role", "perplexity", "kl", "kl_standard_error", "top1", "cosine", "greedy_agreement",
+    "name", "role", "perplexity", "kl", "kl_standard_error", "top1", "cosine", "cosine_standard_error",
+    "spearman", "neighbour", "cosine_by_length", "greedy_agreement",
     "perplexity_by_position", "kl_by_position", "passkey", "passkey_choice", "mqar", "branches", "state_bytes",
     "decode_tokens_per_s", "decode_tokens_per_cpu_s", "decode_speedup",
     "prefill_tokens_per_s", "prefill_tokens_per_cpu_s", "parameters", "mixers", "train_tokens", "train_cpu_seconds",
@@ -170,7 +172,7 @@ def score(
         data: held-out text (whatever `zoo.text.read_documents` takes), or token ids (N, L) int64, scored as they are.
             Rows come from one document each where enough documents are long enough.
         tokenizer: of the text; by default the teacher's, else the student's.
-        length, tokens: of a row, and in all.
+        length, tokens: of a row, and in all. Sentence encoders read whole texts, cut at `length`.
         lengths: where state bytes and speed are measured.
         scales: recall tasks are as long as these multiples of `length`.
         examples: prompts of each recall task at each length.
@@ -205,9 +207,15 @@ def score(
             found.append(own)
     check_tasks(models)
     tokenizer = one_tokenizer(tokenizer, found)
-    rows_NL, about = sample_rows(data, tokenizer, tokens=plan.tokens, length=length, seed=seed)
+    sample, rows_NL, sentences = {"tokens": plan.tokens, "length": length, "seed": seed}, torch.empty(0, 0), None
+    if teacher_model.config.task == "sentence-embedding":
+        limits = [limit for model in models.values() if (limit := position_limit(model)) is not None]
+        sample["length"] = min([length, *limits])
+        sentences, about = sample_sentences(data, tokenizer, **sample)
+    else:
+        rows_NL, about = sample_rows(data, tokenizer, **sample)
     with _progress(progress) as step:
-        result = _Measuring(models, tokenizer, rows_NL, plan, step).run(train_info, names)
+        result = _Measuring(models, tokenizer, rows_NL, plan, step, sentences).run(train_info, names)
     result.data, result.command = about, command
     result.settings = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(plan).items()}
     if out is not None:
@@ -236,7 +244,16 @@ def _progress(show: bool) -> Iterator[Any]:
 class _Measuring:
     """One run of `score`: models by role, and the rows of the table as they fill."""
 
-    def __init__(self, models: dict[str, Any], tokenizer: Any, rows_NL: Tensor, plan: _Plan, step: Any) -> None:
+    def __init__(
+        self,
+        models: dict[str, Any],
+        tokenizer: Any,
+        rows_NL: Tensor,
+        plan: _Plan,
+        step: Any,
+        sentences: list[list[int]] | None = None,
+    ) -> None:
+        self.sentences = sentences
         self.models, self.tokenizer, self.rows_NL, self.plan, self.step = models, tokenizer, rows_NL, plan, step
         self.teacher = models["teacher"]
         self.others = {role: model for role, model in models.items() if role != "teacher"}
@@ -256,9 +273,8 @@ class _Measuring:
                 "train_tokens": spent.get("tokens"),
                 "train_cpu_seconds": spent.get("cpu_seconds"),
             }
-        if self.teacher.config.task == "sentence-embedding":
-            for role, cosine in embedding_cosine(self.teacher, self.others, self.rows_NL).items():
-                self.rows[role]["cosine"] = cosine
+        if self.sentences is not None:
+            self.embeddings(self.sentences)
         else:
             self.predictions()
         if self.teacher.config.task == "causal-lm":
@@ -274,6 +290,21 @@ class _Measuring:
             versions=versions(), machine=machine(device, self.dtype), notes=self.notes,
         )  # fmt: skip
 
+    def embeddings(self, sentences: list[list[int]]) -> None:
+        """Cosine, Spearman and neighbours of all models on the same sentences."""
+        on_batch = _counting(self.step("sentence embeddings", len(sentences) * len(self.models)))
+        found = compare_embeddings(
+            self.teacher, self.others, sentences, tokenizer=self.tokenizer, dtype=self.dtype, on_batch=on_batch
+        )
+        for role, c in found.items():
+            self.rows[role] |= {
+                "cosine": c.cosine,
+                "cosine_standard_error": c.standard_error,
+                "spearman": c.spearman,
+                "neighbour": c.neighbour,
+                "cosine_by_length": c.by_length(),
+            }
+
     def predictions(self) -> None:
         """Perplexity, KL, top-1 over all rows, for all models in one pass."""
         for role, c in self._compare(self.others, self.rows_NL, "perplexity, KL").items():
@@ -287,15 +318,9 @@ class _Measuring:
             }
 
     def _compare(self, students: Mapping[str, Any], rows_NL: Tensor, what: str) -> dict[str, Comparison]:
-        done, advance = [0], self.step(what, len(rows_NL))
-
-        def on_batch(rows: int) -> None:
-            advance(rows - done[0])
-            done[0] = rows
-
         return compare(
             self.teacher, students, rows_NL, tokenizer=self.tokenizer, dtype=self.dtype, seed=self.plan.seed,
-            on_batch=on_batch,
+            on_batch=_counting(self.step(what, len(rows_NL))),
         )  # fmt: skip
 
     def branches(self) -> None:
@@ -378,6 +403,17 @@ class _Measuring:
             }
             if role != "teacher":
                 self.rows[role]["decode_speedup"] = times.decode_speedup(all_times["teacher"])
+
+
+def _counting(advance: Any) -> Any:
+    """What is told how many are done, for a bar that is told how many more."""
+    before = [0]
+
+    def on_batch(done: int) -> None:
+        advance(done - before[0])
+        before[0] = done
+
+    return on_batch
 
 
 def _spent(info: Mapping[str, Any] | None, role: str) -> dict[str, Any]:

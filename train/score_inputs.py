@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -123,3 +124,39 @@ def sample_rows(data: Any, tokenizer: Any, *, tokens: int, length: int, seed: in
     digest = hashlib.sha256(rows_NL.numpy().astype("<i8").tobytes()).hexdigest()
     return rows_NL, {**about, "rows": len(rows_NL), "length": rows_NL.shape[1], "tokens": rows_NL.numel(),
                      "sha256": digest}  # fmt: skip
+
+
+def sample_sentences(
+    data: Any, tokenizer: Any, *, tokens: int, length: int, seed: int
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Rows of token ids, one text each, cut at `length`, about `tokens` in all; and their description.
+
+    A sentence encoder is scored on whole texts of any length: drawn in an order given by `seed`, or the rows of token
+    ids as they are. Raises DataError where there are fewer tokens.
+    """
+    from zoo.text import Documents, describe
+    from zoo.train.data import encode_row
+
+    about: dict[str, Any] = {"source": "token ids given by the caller", "rows_from": "caller"}
+    if isinstance(data, Tensor):
+        rows_NL, _ = sample_rows(data, tokenizer, tokens=tokens, length=length, seed=seed)
+        rows = rows_NL.tolist()
+    else:
+        if tokenizer is None:
+            raise DataError("no tokenizer: neither teacher nor student has one; pass tokenizer=..., or ids as a tensor")
+        documents = data if isinstance(data, Documents) else Documents(data)
+        texts, rows, total = list(documents), [], 0
+        random.Random(seed).shuffle(texts)
+        for text in texts:
+            rows.append(encode_row(tokenizer, text, length))
+            total += len(rows[-1])
+            if total >= tokens:
+                break
+        if total < tokens:
+            raise DataError(
+                f"{describe(data)}: scoring needs {tokens} tokens of text, there are {total} in {len(rows)} texts cut "
+                f"at {length}; give more text, or tokens={total}"
+            )
+        about = {"source": Path(describe(data)).name, "rows_from": "texts", "seed": seed}
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return rows, {**about, "rows": len(rows), "length": length, "tokens": sum(map(len, rows)), "sha256": digest}

@@ -2,7 +2,8 @@
 
 align     each converted mixer on the teacher's own input to that layer: ||y - y_T||^2 / ||y_T||^2 (teacher forcing). No
           gradient goes from layer to layer.
-distill   end to end: KL to the teacher's distribution, cross-entropy, relative errors of layers and mixers.
+distill   end to end: KL to the teacher's distribution, cross-entropy, relative errors of layers and mixers, and for
+          sentence encoders the distance from the teacher's embedding.
 finetune, pretrain    cross-entropy alone.
 
 What is the same in teacher and student is computed once: the leading layers that are frozen and equal run in the
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError, did_you_mean
 from zoo.models.backbone import ZooModel, ZooPreTrainedModel
+from zoo.models.heads import pool
 from zoo.train.data import Batch
-from zoo.train.losses import head_loss, relative_error
+from zoo.train.losses import embedding_distance, head_loss, relative_error
 from zoo.train.recipe import Stage
 
 Guide = dict[str, Tensor]
@@ -108,10 +110,15 @@ def check_stage(stage: Stage, student: ZooPreTrainedModel, teacher: ZooPreTraine
     if weights.ce and task != "causal-lm":
         raise ConfigError(f"loss.ce: next-token prediction needs a causal-lm, this model is a {task}")
     if weights.kl and not hasattr(student, "lm_head"):
-        raise ConfigError(f"loss.kl: a {task} has no distribution over words; use loss.hidden or loss.mixer")
-    if teacher is not None and weights.hidden and student.config.hidden_size != teacher.config.hidden_size:
+        other = "embedding" if task == "sentence-embedding" else "hidden or loss.mixer"
+        raise ConfigError(f"loss.kl: a {task} has no distribution over words; use loss.{other}")
+    if weights.embedding and task != "sentence-embedding":
+        raise ConfigError(f"loss.embedding: this model is a {task}, which has no sentence embedding; use loss.hidden")
+    sized = weights.hidden or weights.embedding
+    if teacher is not None and sized and student.config.hidden_size != teacher.config.hidden_size:
         sizes = f"{student.config.hidden_size} and {teacher.config.hidden_size}"
-        raise ConfigError(f"loss.hidden: hidden sizes differ ({sizes}); only the kl and ce terms fit")
+        term = "hidden" if weights.hidden else "embedding"
+        raise ConfigError(f"loss.{term}: hidden sizes differ ({sizes}); only the kl and ce terms fit")
     limit = student.config.max_position_embeddings
     if student.config.positions == "learned" and stage.length > limit:
         raise ConfigError(f"length: {stage.length} is beyond the {limit} positions that the model has learned")
@@ -179,21 +186,23 @@ def watching(backbone: Any, layers: list[int], first: int = 0) -> Iterator[dict[
 
 def embed(backbone: ZooModel, batch: Batch) -> Tensor:
     """The input of the first block (B, L, D)."""
-    return backbone._embed(backbone.embed_tokens(batch.input_ids), None, None, batch.segment_ids, None)
+    return backbone._embed(backbone.embed_tokens(batch.input_ids), batch.mask, None, batch.segment_ids, None)
 
 
 @dataclass
 class Teaching:
     """The teacher's side of a stage: run it over a batch, get the tensors that the loss compares with.
 
-    converted: layers of which the mixers are compared. hidden: layers of which the outputs are. last: whether the
-    final state is needed. shared: leading layers that stand for the student's as well.
+    converted: layers of which the mixers are compared. hidden: layers of which the outputs are. last, embedding:
+    whether the final state and the embedding of each row are needed. shared: leading layers that stand for the
+    student's as well.
     """
 
     teacher: Any
     converted: list[int] = field(default_factory=list)
     hidden: list[int] = field(default_factory=list)
     last: bool = True
+    embedding: bool = False
     shared: int = 0
     inputs: bool = False  # of the mixers, for align
 
@@ -201,11 +210,12 @@ class Teaching:
     def __call__(self, batch: Batch) -> Guide:
         backbone, out = self.teacher.model, {}
         x_BLD = embed(backbone, batch)
-        stop = len(backbone.layers) if self.last else 1 + max([*self.converted, *self.hidden, self.shared - 1, 0])
+        end = self.last or self.embedding
+        stop = len(backbone.layers) if end else 1 + max([*self.converted, *self.hidden, self.shared - 1, 0])
         passed: dict[str, Tensor] = {}
         with watching(backbone, self.converted) as seen:
             for i, block in enumerate(backbone.layers[:stop]):
-                x_BLD, _ = block(x_BLD, None, batch.segment_ids, None, passed)
+                x_BLD, _ = block(x_BLD, batch.mask, batch.segment_ids, None, passed)
                 if i + 1 == self.shared:
                     out["shared"] = x_BLD
                 if i in self.hidden:
@@ -213,6 +223,8 @@ class Teaching:
         out |= {name: t for name, t in seen.items() if self.inputs or name.startswith("mixer_out")}
         if self.last:
             out["last"] = finish(self.teacher, x_BLD)
+        if self.embedding:
+            out["embedding"] = embedding(self.teacher, x_BLD, batch.mask)
         return out
 
 
@@ -222,6 +234,11 @@ def finish(model: Any, x_BLD: Tensor) -> Tensor:
         x_BLD = model.model.norm(x_BLD)
     transform = getattr(model, "transform", None)
     return x_BLD if transform is None else transform(x_BLD)
+
+
+def embedding(model: Any, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+    """From the last block's output to one vector a row (B, D), of whatever length."""
+    return pool(finish(model, x_BLD), mask_BL, model.config.pooling)
 
 
 class Objective(nn.Module):
@@ -247,6 +264,7 @@ class Objective(nn.Module):
                 converted=converted if weights.mixer else [],
                 hidden=self.hidden,
                 last=bool(weights.kl),
+                embedding=bool(weights.embedding),
                 shared=self.shared,
                 inputs=stage.kind == "align",
             )
@@ -275,8 +293,8 @@ class Objective(nn.Module):
         errors = []
         for i in self.converted:
             mixer = self.student.model.layers[i].mixer
-            y_BLD, _ = mixer(guide[f"mixer_in.{i}"], segments_BL=batch.segment_ids)
-            errors.append(relative_error(y_BLD, guide[f"mixer_out.{i}"]))
+            y_BLD, _ = mixer(guide[f"mixer_in.{i}"], mask_BL=batch.mask, segments_BL=batch.segment_ids)
+            errors.append(relative_error(y_BLD, guide[f"mixer_out.{i}"], batch.mask))
         error = torch.stack(errors).mean()
         return self.stage.weights.mixer * error, {"mixer": error.detach()}
 
@@ -289,19 +307,24 @@ class Objective(nn.Module):
             for i, block in enumerate(backbone.layers):
                 if i < self.shared:
                     continue
-                x_BLD, _ = block(x_BLD, None, batch.segment_ids, None, passed)
+                x_BLD, _ = block(x_BLD, batch.mask, batch.segment_ids, None, passed)
                 if i in self.hidden:
-                    hidden.append(relative_error(x_BLD, guide[f"hidden.{i}"]))
+                    hidden.append(relative_error(x_BLD, guide[f"hidden.{i}"], batch.mask))
         loss = x_BLD.new_zeros((), dtype=torch.float32)
         terms: dict[str, Tensor] = {}
         if weights.kl or weights.ce:
             loss, terms = self._head(finish(self.student, x_BLD), batch, guide)
+        if weights.embedding:
+            error = embedding_distance(embedding(self.student, x_BLD, batch.mask), guide["embedding"])
+            terms["embedding"] = error.detach()
+            loss = loss + weights.embedding * error
         if hidden:
             terms["hidden"] = (error := torch.stack(hidden).mean()).detach()
             loss = loss + weights.hidden * error
         if weights.mixer:
             pairs = [(seen[f"mixer_out.{i}"], guide[f"mixer_out.{i}"]) for i in self.converted if i >= self.shared]
-            terms["mixer"] = (error := torch.stack([relative_error(y, t) for y, t in pairs]).mean()).detach()
+            errors = [relative_error(y, t, batch.mask) for y, t in pairs]
+            terms["mixer"] = (error := torch.stack(errors).mean()).detach()
             loss = loss + weights.mixer * error
         if (extra := backbone.auxiliary_loss()) is not None:
             terms["auxiliary"] = extra.detach()

@@ -105,6 +105,7 @@ def test_projections_of_every_head_are_its_own():
 
 @pytest.mark.parametrize("options", [
     {"share": "none", "num_kv_heads": 2}, {"share": "kv", "rotary": {"theta": 100.0}}, {"projected_length": 90},
+    {"by_length": True}, {"by_length": True, "num_kv_heads": 2, "projected_length": 90},
 ], ids=str)  # fmt: skip
 def test_variants_obey_the_laws(options):
     check_mixer("linformer", config={"causal": False, **options}, seed=2)
@@ -155,13 +156,54 @@ def test_projections_start_as_in_the_theorems():
 def test_conversion_is_exact_without_a_projection_and_close_with_one(share):
     attention = teacher(causal=False)
     options = {"max_length": 48, "share": share}
-    whole, half, few = (convert(attention, "linformer", projected_length=m, **options) for m in (48, 24, 6))
+    whole, half, few = (
+        convert(attention, "linformer", projected_length=m, by_length=False, **options) for m in (48, 24, 6)
+    )
     assert relative_error(whole, attention) < 1e-5
     start = relative_error(half, attention)
     assert 1e-3 < start < relative_error(few, attention)
     align(half, attention, steps=60, rate=1e-3)
     # Inputs without any structure: nothing makes sums of their keys good.
     assert relative_error(half, attention) < 0.95 * start
+
+
+def test_by_length_is_the_formula():
+    """Sums of T tokens over those that there are, each in place of as many keys as it holds."""
+    mixer, T = ours({"by_length": True}), 29  # sums of 3 and of 2 tokens
+    x_BLD = wave(B, T, D, step=0.9)
+    q, k, v = (p(x_BLD).unflatten(-1, (H, K)).transpose(1, 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    count = [len(range(j, T, M)) for j in range(M)]
+    assert set(count) == {2, 3}
+    outputs = torch.zeros(B, H, T, K, dtype=torch.double)
+    weights = torch.zeros(B, H, T, dtype=torch.double)
+    for j in range(M):
+        key, value = (sum(e[t, j] * x[:, :, t] for t in range(T)) / count[j] for e, x in
+                      ((mixer.k_sums, k), (mixer.v_sums, v)))  # fmt: skip
+        weight = count[j] * (K**-0.5 * (q * key[:, :, None]).sum(-1)).exp()
+        outputs, weights = outputs + weight[..., None] * value[:, :, None], weights + weight
+    expected = mixer.o_proj((outputs / weights[..., None]).transpose(1, 2).flatten(2))
+    assert largest_error(mixer(x_BLD)[0], expected) < 1e-10
+
+
+@pytest.mark.parametrize("share", ["none", "heads", "kv"])
+def test_conversion_by_length_is_exact_up_to_the_number_of_sums(share):
+    """Also for rows of several lengths in one batch, where the paper's form is far off."""
+    attention = teacher(causal=False)
+    student, paper = (
+        convert(attention, "linformer", projected_length=24, max_length=96, share=share, **o)
+        for o in ({}, {"by_length": False})
+    )
+    x_BLD = torch.randn(3, 40, attention.width)
+    mask_BL = torch.arange(40) < torch.tensor([24, 7, 1])[:, None]
+    with torch.no_grad():
+        expected = attention(x_BLD, mask_BL=mask_BL)[0][mask_BL]
+        torch.testing.assert_close(student(x_BLD, mask_BL=mask_BL)[0][mask_BL], expected, atol=1e-5, rtol=0)
+        assert largest_error(paper(x_BLD, mask_BL=mask_BL)[0][mask_BL], expected) > 0.1
+    assert relative_error(student, attention, 24) < 1e-5
+    start = relative_error(student, attention, 48)
+    assert 1e-3 < start < 1.2 * relative_error(paper, attention, 48)
+    align(student, attention, steps=60, rate=1e-3)
+    assert relative_error(student, attention, 48) < start
 
 
 @pytest.mark.parametrize(("name", "millions"), [("linformer-128m", 127.2), ("linformer-126m", 125.6)])

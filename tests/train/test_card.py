@@ -143,3 +143,26 @@ def test_tables_leave_out_what_nobody_measured():
 
 def test_cells_cannot_break_a_table():
     assert markdown_table(["a", "b"], [["x|y", "1\n2"]]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 2 |"
+
+
+def test_a_card_of_a_sentence_encoder_says_what_such_a_score_holds(tmp_path):
+    quality = {"cosine": 0.9812, "cosine_standard_error": 0.0007, "spearman": 0.95, "neighbour": 0.873}
+    student = row("student", **quality, cosine_by_length={"1-16": 0.99}, mixers={"longformer": 6})
+    values = {"rows": [student], "data": {"rows": 7, "tokens": 99, "length": 128, "rows_from": "texts"}}
+    text = write_card(tmp_path, values, LINEAGE, location="minilm-tiny", task="sentence-embedding").read_text()
+    assert yaml.safe_load(text.split("---\n")[1])["pipeline_tag"] == "sentence-similarity"
+    for part in (
+        "the mean cosine to the teacher's embedding is 0.981",
+        "a text's nearest neighbour is the one that the teacher finds 87.3 % of the time",
+        "Quality on 7 held-out texts of up to 128 tokens",
+        "| cosine to the teacher's embedding | 0.9812 ± 0.0007 |",
+        "| cosine, 1-16 tokens | 0.9900 |",
+        "| Spearman of pairwise similarities | 0.9500 |",
+        "| same nearest neighbour | 87.3 % |",
+        "texts of at most 128 tokens",
+        'AutoTokenizer.from_pretrained("minilm-tiny")',
+        "pooler_output",
+    ):
+        assert part in text, part
+    for part in ("generate", "KL", "sliding window", "Recall"):
+        assert part not in text, part

@@ -57,6 +57,47 @@ def test_resume_is_exact(monkeypatch, stop):
         assert torch.equal(a.targets, b.targets)
 
 
+def test_without_packing_a_row_is_a_document(monkeypatch):
+    monkeypatch.setattr(data, "BATCHES_AT_ONCE", 20)
+    batches = stream(packing="none", batch_size=3)
+    rows = []
+    for _ in range(20):
+        batch = next(batches)
+        mask_BL = torch.ones_like(batch.input_ids).bool() if batch.mask is None else batch.mask
+        assert batch.tokens == int(mask_BL.sum())
+        assert bool(mask_BL.any(0).all())  # no wider than the longest
+        rows += [ids[mask].tolist() for ids, mask in zip(batch.input_ids, mask_BL, strict=True)]
+        inside_BL = mask_BL[:, 1:]
+        assert torch.equal(batch.targets[:, :-1][inside_BL], batch.input_ids[:, 1:][inside_BL])
+        assert bool((batch.targets[:, :-1][~inside_BL] == -100).all())
+    whole = [[*text.encode(), 0] for text in TEXTS]
+    assert sorted(rows) == sorted(row if len(row) <= 16 else [*row[:15], 0] for row in whole)
+
+
+def test_without_packing_batches_have_rows_of_about_one_length(monkeypatch):
+    widths = []
+    for at_once in (1, 10):
+        monkeypatch.setattr(data, "BATCHES_AT_ONCE", at_once)
+        batches = stream(packing="none", batch_size=3, length=32)
+        taken = [next(batches) for _ in range(20)]
+        widths.append(sum(batch.input_ids.numel() for batch in taken) / sum(batch.tokens for batch in taken))
+    assert widths[1] < 1.1 < widths[0]
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 5, 21, 47])
+def test_resume_without_packing_is_exact(monkeypatch, stop):
+    monkeypatch.setattr(data, "SHUFFLE_DOCUMENTS", 9)
+    monkeypatch.setattr(data, "BATCHES_AT_ONCE", 4)
+    one, two = stream(packing="none"), stream(packing="none")
+    for _ in range(stop):
+        next(one)
+    two.load_state_dict(one.state_dict())
+    for _ in range(40):
+        a, b = next(one), next(two)
+        assert torch.equal(a.input_ids, b.input_ids)
+        assert (a.mask is None) == (b.mask is None)
+
+
 def test_restart_gives_the_same_batches_again():
     batches = stream(restart_after=3)
     ids = [next(batches).input_ids for _ in range(9)]
@@ -69,6 +110,9 @@ def test_ranks_share_a_batch_without_overlap():
     whole = next(stream(batch_size=4))
     parts = [next(stream(batch_size=2, rank=r, world=2)) for r in range(2)]
     assert torch.equal(whole.input_ids, torch.cat([p.input_ids for p in parts]))
+    whole = next(stream(batch_size=4, packing="none"))
+    parts = [next(stream(batch_size=2, packing="none", rank=r, world=2)) for r in range(2)]
+    assert whole.tokens == sum(part.tokens for part in parts)
 
 
 def test_long_documents_are_cut_without_loss(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from zoo.train import losses
-from zoo.train.losses import head_loss, relative_error
+from zoo.train.losses import embedding_distance, head_loss, relative_error
 
 
 def plain(h, w, b, t, tw, tb, targets, kl, ce, T):
@@ -82,3 +82,21 @@ def test_relative_error():
     assert y.grad.tolist() == [0.0, 1.0]
     assert target.grad is None
     assert torch.isfinite(relative_error(y, torch.zeros(2)))
+
+
+def test_padding_does_not_count():
+    y, t = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
+    want = ((y - t)[mask] ** 2).sum() / (t[mask] ** 2).sum()
+    y[~mask] = 1e6
+    torch.testing.assert_close(relative_error(y, t, mask), want)
+
+
+def test_the_distance_of_embeddings_is_one_less_the_cosine():
+    y, t = torch.randn(4, 6, dtype=torch.float64, requires_grad=True), torch.randn(4, 6, dtype=torch.float64)
+    cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in zip(y.detach(), t, strict=True)]
+    distance = embedding_distance(y, 3 * t.requires_grad_())
+    assert distance.item() == pytest.approx(1 - sum(cosines) / 4)
+    distance.backward()
+    assert t.grad is None
+    assert torch.autograd.gradcheck(lambda x: embedding_distance(x, t.detach()), y.detach().requires_grad_())

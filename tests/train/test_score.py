@@ -17,7 +17,6 @@ from zoo.train.evaluation import (
     Ablated,
     buckets,
     compare,
-    embedding_cosine,
     evaluating,
     greedy_agreement,
     masked_positions,
@@ -149,19 +148,6 @@ def test_a_masked_lm_is_scored_on_what_was_masked():
     assert c.kl == pytest.approx(float((logp.exp() * (logp - logq)).sum(-1).mean()), rel=1e-5)
     with pytest.raises(DataError, match="mask token"):
         compare(teacher, {"s": student}, rows_NL)
-
-
-def test_sentence_embeddings_are_compared_by_cosine():
-    teacher, student = (tiny(ATTENTION, seed=s, task="sentence-embedding") for s in (0, 1))
-    rows_NL = torch.randint(1, 255, (3, 12))
-    got = embedding_cosine(teacher, {"s": student}, rows_NL)
-    with torch.no_grad():
-        direct = F.cosine_similarity(teacher(rows_NL).pooler_output, student(rows_NL).pooler_output, dim=-1).mean()
-    assert got["teacher"] == pytest.approx(1.0)
-    assert got["s"] == pytest.approx(float(direct), abs=1e-5)
-    result = score(student, teacher=teacher, data=rows_NL)
-    assert result.row("student")["cosine"] == pytest.approx(got["s"])
-    assert result.row("student")["kl"] is None
 
 
 def test_state_bytes_are_those_counted_by_hand(teacher, student):

@@ -5,8 +5,11 @@ import torch
 import torch.nn.functional as F
 from tiny_runs import TOKENIZER, make_student, make_teacher, make_texts
 
+from zoo.config import ZooConfig
+from zoo.convert.surgery import replace_mixers
 from zoo.errors import ConfigError
-from zoo.train.data import Batch, PackedBatches
+from zoo.models.heads import ZooForSentenceEmbedding
+from zoo.train.data import Batch, PackedBatches, padded_batch
 from zoo.train.losses import relative_error
 from zoo.train.recipe import Stage
 from zoo.train.stages import (  # fmt: skip
@@ -128,6 +131,69 @@ def test_packed_documents_do_not_see_each_other(pair):
     torch.testing.assert_close(*outs)
     outs = [objective.teach(Batch(i, targets, None))["last"][:, 6:] for i in (ids, changed)]
     assert not torch.allclose(*outs)
+
+
+@pytest.fixture
+def encoders():
+    torch.manual_seed(0)
+    mixer = {"name": "attention", "num_heads": 2, "head_dim": 16, "causal": False}
+    layers = [{"mixer": mixer, "ffn": {"name": "mlp", "hidden_size": 48}}] * 2
+    fields = {"positions": "learned", "max_position_embeddings": 24, "block": "post_norm", "final_norm": False}
+    config = ZooConfig(
+        vocab_size=256, hidden_size=32, layers=layers, task="sentence-embedding", initializer_range=0.3, **fields
+    )
+    teacher = ZooForSentenceEmbedding(config).eval()
+    return replace_mixers(teacher, dict.fromkeys([0, 1], "linear_attention")), teacher
+
+
+def test_sentences_are_compared_as_each_is_alone(encoders):
+    student, teacher = encoders
+    batch = padded_batch([list(range(1, 1 + n)) for n in (24, 9, 1, 17)], TOKENIZER)
+    rows = [ids[mask][None] for ids, mask in zip(batch.input_ids, batch.mask, strict=True)]
+    assert [row.shape[1] for row in rows] == [24, 9, 1, 17]
+    weights = {"embedding": 2.0, "hidden": 0.5, "mixer": 0.25}
+    objective = make_objective(student, teacher, make_stage(packing="none", loss=weights))
+    loss, terms = objective(batch, objective.teach(batch))
+
+    seen = {student: [], teacher: []}
+
+    def keep(model):
+        return lambda _, inputs, out: seen[model].append(out[0].detach().double())
+
+    def hidden_error():
+        """Of each layer: sums of squares over rows that were run one by one."""
+        total = torch.zeros(2, 2, dtype=torch.float64)
+        handles = [m.model.layers[i].register_forward_hook(keep(m)) for m in seen for i in range(2)]
+        for ids in rows:
+            for m in seen:
+                seen[m].clear()
+                m(ids)
+            for i, (y, t) in enumerate(zip(*seen.values(), strict=True)):
+                total[i] += torch.stack([(y - t).square().sum(), t.square().sum()])
+        for handle in handles:
+            handle.remove()
+        return (total[:, 0] / total[:, 1]).mean().float()
+
+    with torch.no_grad():
+        pairs = [(student(ids).pooler_output, teacher(ids).pooler_output) for ids in rows]
+        embedding = 1 - torch.stack([F.cosine_similarity(y, t) for y, t in pairs]).mean()
+        torch.testing.assert_close(terms["embedding"], embedding, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(terms["hidden"], hidden_error(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(loss, 2 * terms["embedding"] + 0.5 * terms["hidden"] + 0.25 * terms["mixer"])
+    align = make_objective(student, teacher, make_stage("align", packing="none"))
+    aligned, _ = align(batch, align.teach(batch))
+    longer = [F.pad(x, (0, 3), value=v) for x, v in ((batch.input_ids, 7), (batch.targets, -100))]
+    padded = Batch(*longer, None, F.pad(batch.mask, (0, 3)))
+    torch.testing.assert_close(align(padded, align.teach(padded))[0], aligned)
+
+
+def test_stages_that_an_encoder_does_not_have(pair, encoders):
+    with pytest.raises(ConfigError, match=r"has no distribution over words; use loss\.embedding"):
+        check_stage(make_stage(), *encoders)
+    embedding = make_stage(packing="none", loss={"embedding": 1.0})
+    with pytest.raises(ConfigError, match="a causal-lm, which has no sentence embedding"):
+        check_stage(embedding, *pair)
+    check_stage(embedding, *encoders)
 
 
 @pytest.mark.parametrize(

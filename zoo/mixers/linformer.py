@@ -10,8 +10,14 @@ There is no causal form: each k'_j holds all positions, also later ones. Nor can
 so padding is taken out before them. Rows of E belong to the tokens of a sequence, counted from its own first token: a
 masked position adds nothing and takes up no row, and a packed sequence starts at row 0 as it would alone.
 
-Conversion: E = F are the means of M equal pieces of n positions, so M = n is exact for sequences of n tokens. Shorter
-sequences leave pieces empty, whose zero keys still draw weight: set max_length to the length that is used.
+In a sequence of T < n tokens many sums hold little or nothing, and their zero keys still draw weight. `by_length`,
+which is not in the paper, deals the sums to the tokens that there are. c_j counts the tokens t = j, j + M, ..; then
+
+    y_t = sum_j softmax_j(scale * q_t . k'_j / c_j + ln c_j) v'_j / c_j,    j = 1 .. min(T, M)
+
+With E_tj = F_tj = 1 for t = j mod M and 0 elsewhere a sum is the mean of c_j tokens, which stands for c_j of them, and
+up to M tokens this is attention itself: so a conversion starts. Without `by_length` it starts from the means of M equal
+pieces of n positions, which is attention for sequences of n = M tokens only.
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ from zoo.registry import register_mixer
 class LinformerConfig(QKVOptions):
     """Options of `linformer`.
 
-    max_length: n, the most tokens a sequence may have. projected_length: M. share: see the module docstring.
+    max_length: n, the most tokens a sequence may have. projected_length: M. share, by_length: see the module docstring.
     """
 
     name: Literal["linformer"] = "linformer"
@@ -42,6 +48,7 @@ class LinformerConfig(QKVOptions):
     max_length: int = Field(512, ge=1, le=1 << 20)
     projected_length: int = Field(256, ge=1, le=1 << 16)
     share: Literal["none", "heads", "kv"] = "heads"
+    by_length: bool = False
 
 
 @register_mixer("linformer")
@@ -69,10 +76,17 @@ class Linformer(QKVMixer):
         q_RHTK, k_RGTK, v_RGTV = (sequences.split_heads(x) for x in (q_BHLK, k_BGLK, v_BGLV))
         # Under compile a look at the lengths would be a graph break: rows, padding included, must fit then.
         longest = None if torch.compiler.is_compiling() else int(sequences.length_R.max())
-        return sequences.join_heads(self._attend(q_RHTK, k_RGTK, v_RGTV, longest)), {}
+        return sequences.join_heads(self._attend(q_RHTK, k_RGTK, v_RGTV, sequences.length_R, longest)), {}
 
-    def _attend(self, q_RHTK: Tensor, k_RGTK: Tensor, v_RGTV: Tensor, longest: int | None = None) -> Tensor:
-        """Sequences that start at 0, zeros behind their ends; `longest` is the most tokens one of them has."""
+    def _attend(
+        self,
+        q_RHTK: Tensor,
+        k_RGTK: Tensor,
+        v_RGTV: Tensor,
+        length_R: Tensor | None = None,
+        longest: int | None = None,
+    ) -> Tensor:
+        """Sequences that start at 0, zeros behind their ends (None: no ends); the longest has `longest` tokens."""
         T, n = q_RHTK.shape[2], self.config.max_length
         if (T if longest is None else longest) > n:
             raise ConfigError(f"a sequence of {longest or T} tokens, but linformer's max_length is {n}")
@@ -81,10 +95,16 @@ class Linformer(QKVMixer):
         v_sums = self.k_sums if self.config.share == "kv" else self.v_sums
         k_RGMK = self.k_sums[..., :T, :].mT.to(k_RGTK.dtype) @ k_RGTK
         v_RGMV = v_sums[..., :T, :].mT.to(v_RGTV.dtype) @ v_RGTV
+        bias_R11M = None
+        if self.config.by_length:
+            length_R = torch.tensor([T], device=k_RGMK.device) if length_R is None else length_R
+            count_R1M1 = tokens_per_sum(length_R, self.config.projected_length)[:, None, :, None].to(k_RGMK.dtype)
+            k_RGMK, v_RGMV = (x / count_R1M1.clamp(min=1) for x in (k_RGMK, v_RGMV))
+            bias_R11M = count_R1M1.mT.log()
         q_RHTK = q_RHTK.to(k_RGMK.dtype)
         grouped = q_RHTK.shape[1] != k_RGMK.shape[1]
         return F.scaled_dot_product_attention(
-            q_RHTK, k_RGMK, v_RGMV, scale=self.config.softmax_scale, enable_gqa=grouped
+            q_RHTK, k_RGMK, v_RGMV, attn_mask=bias_R11M, scale=self.config.softmax_scale, enable_gqa=grouped
         )
 
     def mix_state(self, batch_size: int, device: Any, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -96,11 +116,17 @@ class Linformer(QKVMixer):
             if hasattr(self, name):
                 init.normal_(getattr(self, name), std=self.config.projected_length**-0.5)
 
+    @classmethod
+    def conversion_defaults(cls, attention: AttentionWeights) -> dict[str, Any]:
+        """Sums by length: exact for texts of up to `projected_length` tokens."""
+        return {"by_length": True}
+
     def start_from(self, attention: AttentionWeights, stats: AttentionStats | None) -> None:
+        start = every_mth if self.config.by_length else segment_means
         for name in ("k_sums", "v_sums"):
             if hasattr(self, name):
                 sums = getattr(self, name)
-                sums.copy_(segment_means(self.config.max_length, self.config.projected_length).expand_as(sums))
+                sums.copy_(start(self.config.max_length, self.config.projected_length).expand_as(sums))
 
     @classmethod
     def example_options(cls) -> dict[str, Any]:
@@ -113,3 +139,14 @@ def segment_means(length: int, pieces: int) -> Tensor:
     piece_n = torch.arange(length) * pieces // length
     taken = F.one_hot(piece_n, pieces).float()
     return taken / taken.sum(0).clamp(min=1)
+
+
+def every_mth(length: int, sums: int) -> Tensor:
+    """(length, sums): column j has ones at the rows j, j + sums, j + 2 sums, .."""
+    return torch.eye(sums).repeat(-(-length // sums), 1)[:length]
+
+
+def tokens_per_sum(length_R: Tensor, sums: int) -> Tensor:
+    """(R, sums): how many of the tokens 0 .. length - 1 are j, j + sums, j + 2 sums, ..; at least 1 for j = 0."""
+    count_RM = (length_R[:, None] - torch.arange(sums, device=length_R.device) + sums - 1) // sums
+    return torch.cat([count_RM[:, :1].clamp(min=1), count_RM[:, 1:].clamp(min=0)], 1)
