@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from formulas import BERT_NAMES, align, convert, relative_error, renamed, shaken, teacher
 
 import zoo
 from zoo.config import ZooConfig
 from zoo.errors import ConfigError, TraitError
-from zoo.mixers.attention import Attention, AttentionConfig
 from zoo.mixers.big_bird import BigBird, BigBirdOptions
 from zoo.models.heads import ZooForMaskedLM
 from zoo.registry import model_config
@@ -41,41 +41,18 @@ def peer(layers=3, listed=LISTED, block=BLOCK, length=128):
         max_position_embeddings=length, block_size=block, num_random_blocks=listed, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    theirs = BigBirdForMaskedLM(config)
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+    theirs = shaken(BigBirdForMaskedLM(config), 0.1)
     return theirs.double().train()  # only in training do they draw blocks; there is no dropout here
 
 
-def renamed(state):
-    """Their names as ours; a masked LM does not need their pooler."""
-    names = {
-        "bert.embeddings.word_embeddings": "model.embed_tokens",
-        "bert.embeddings.position_embeddings": "model.embed_positions",
-        "bert.embeddings.token_type_embeddings": "model.embed_token_types",
-        "bert.embeddings.LayerNorm": "model.embed_norm",
-        "bert.encoder.layer": "model.layers",
-        "attention.self.query": "mixer.q_proj",
-        "attention.self.key": "mixer.k_proj",
-        "attention.self.value": "mixer.v_proj",
-        "attention.output.dense": "mixer.o_proj",
-        "attention.output.LayerNorm": "mixer_norm",
-        "intermediate.dense": "ffn.up_proj",
-        "output.dense": "ffn.down_proj",
-        "output.LayerNorm": "ffn_norm",
-        "cls.predictions.transform.dense": "transform.dense",
-        "cls.predictions.transform.LayerNorm": "transform.norm",
-        "cls.predictions.decoder": "lm_head",
-        "cls.predictions.bias": "lm_head.bias",
-    }
-    out = {}
-    for key, tensor in state.items():
-        for old, new in names.items():
-            key = key.replace(old, new)
-        if "pooler" not in key:
-            out[key] = tensor
-    return out
+NAMES = {
+    **{f"bert.{theirs}": f"model.{ours}" for theirs, ours in BERT_NAMES.items() if theirs.startswith("e")},
+    **BERT_NAMES,
+    "cls.predictions.transform.dense": "transform.dense",
+    "cls.predictions.transform.LayerNorm": "transform.norm",
+    "cls.predictions.decoder": "lm_head",
+    "cls.predictions.bias": "lm_head.bias",
+}
 
 
 def ours_like(theirs, **options):
@@ -89,7 +66,7 @@ def ours_like(theirs, **options):
     layers = [{"mixer": {**mixer, "seed": i}, "ffn": ffn} for i in range(c.num_hidden_layers)]
     sizes = {"vocab_size": 64, "hidden_size": D, "max_position_embeddings": c.max_position_embeddings, "layers": layers}
     ours = ZooForMaskedLM(ZooConfig(**{**base, **sizes})).double().eval()
-    ours.load_state_dict(renamed(theirs.state_dict()), strict=True)
+    ours.load_state_dict(renamed(theirs.state_dict(), NAMES), strict=True)
     return ours
 
 
@@ -112,7 +89,7 @@ def test_all_hidden_states_and_gradients_are_transformers(length):
         y[real].square().mean().backward()
     own = dict(ours.named_parameters())
     compared = 0
-    for name, p in renamed(dict(theirs.named_parameters())).items():
+    for name, p in renamed(dict(theirs.named_parameters()), NAMES).items():
         if p.grad is not None and "embed_tokens" not in name:  # their embedding of the padding id takes no gradient
             scale = p.grad.abs().max().clamp(min=1e-3)
             assert ((own[name].grad - p.grad).abs().max() / scale).item() < 1e-4, name
@@ -233,31 +210,11 @@ def test_what_cannot_be_is_refused():
         BigBirdOptions.parse({"num_heads": 2, "head_dim": 4, "num_rand_blocks": 2})
 
 
-def convert(attention, **options):
-    weights = attention.attention_weights()
-    return BigBird.from_attention(BigBird.config_from_attention(weights, **options), weights).double()
-
-
-def error(student, attention, x_BLD):
-    expected = attention(x_BLD)[0].detach()
-    return ((student(x_BLD)[0] - expected).square().sum() / expected.square().sum()).sqrt()
-
-
 def test_conversion_starts_at_attention_and_improves_with_training():
-    attention = Attention(AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True, causal=False), D)
-    attention = attention.double()
-    with torch.no_grad():
-        for p in attention.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    options = {"block_size": 2, "num_random_blocks": 1}
-    student = convert(attention, **options)
-    assert error(student, attention, torch.randn(2, 14, D, dtype=torch.double)).item() < 1e-6  # full up to 7 blocks
-    inputs, held_out = torch.randn(8, 4, 48, D, dtype=torch.double), torch.randn(8, 48, D, dtype=torch.double)
-    before = error(student, attention, held_out).item()
+    attention = teacher(causal=False, kv_heads=2)
+    student = convert(attention, "big_bird", block_size=2, num_random_blocks=1)
+    assert relative_error(student, attention, length=14) < 1e-6  # full up to 7 blocks
+    before = relative_error(student, attention)
     assert before > 1e-3
-    optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
-    for step in range(24):
-        optimizer.zero_grad()
-        error(student, attention, inputs[step % 8]).backward()
-        optimizer.step()
-    assert error(student, attention, held_out).item() < 0.9 * before
+    align(student, attention, steps=24)
+    assert relative_error(student, attention) < 0.9 * before

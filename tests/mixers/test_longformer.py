@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from formulas import BERT_NAMES, align, convert, relative_error, renamed, shaken
 
 import zoo
 from zoo.config import ZooConfig
@@ -42,42 +43,19 @@ def peer(window=8, **options):
         attention_window=window, max_position_embeddings=130, type_vocab_size=1, layer_norm_eps=1e-5,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options,
     )  # fmt: skip
-    theirs = LongformerForMaskedLM(config)
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return theirs.double().eval()
+    return shaken(LongformerForMaskedLM(config), 0.1).double().eval()
 
 
-def renamed(state):
-    """Their names as ours."""
-    names = {
-        "longformer.embeddings.word_embeddings": "model.embed_tokens",
-        "longformer.embeddings.position_embeddings": "model.embed_positions",
-        "longformer.embeddings.token_type_embeddings": "model.embed_token_types",
-        "longformer.embeddings.LayerNorm": "model.embed_norm",
-        "longformer.encoder.layer": "model.layers",
-        "attention.self.query_global": "mixer.q_global_proj",
-        "attention.self.key_global": "mixer.k_global_proj",
-        "attention.self.value_global": "mixer.v_global_proj",
-        "attention.self.query": "mixer.q_proj",
-        "attention.self.key": "mixer.k_proj",
-        "attention.self.value": "mixer.v_proj",
-        "attention.output.dense": "mixer.o_proj",
-        "attention.output.LayerNorm": "mixer_norm",
-        "intermediate.dense": "ffn.up_proj",
-        "output.dense": "ffn.down_proj",
-        "output.LayerNorm": "ffn_norm",
-        "lm_head.dense": "transform.dense",
-        "lm_head.layer_norm": "transform.norm",
-        "lm_head.decoder": "lm_head",
-    }
-    out = {}
-    for key, tensor in state.items():
-        for old, new in names.items():
-            key = key.replace(old, new)
-        out[key] = tensor
-    return out
+NAMES = {
+    **{f"longformer.{theirs}": f"model.{ours}" for theirs, ours in BERT_NAMES.items() if theirs.startswith("e")},
+    "attention.self.query_global": "mixer.q_global_proj",
+    "attention.self.key_global": "mixer.k_global_proj",
+    "attention.self.value_global": "mixer.v_global_proj",
+    **BERT_NAMES,
+    "lm_head.dense": "transform.dense",
+    "lm_head.layer_norm": "transform.norm",
+    "lm_head.decoder": "lm_head",
+}
 
 
 def ours_like(theirs, global_tokens, window):
@@ -91,7 +69,7 @@ def ours_like(theirs, global_tokens, window):
     }  # fmt: skip
     sizes = {"vocab_size": 64, "hidden_size": D, "max_position_embeddings": 128, "layers": [layer] * 3}
     ours = ZooForMaskedLM(ZooConfig(**{**base, **sizes})).double().eval()
-    ours.load_state_dict(renamed(theirs.state_dict()), strict=True)
+    ours.load_state_dict(renamed(theirs.state_dict(), NAMES), strict=True)
     return ours
 
 
@@ -117,7 +95,7 @@ def test_all_hidden_states_and_gradients_are_transformers(length, global_tokens,
     for y in (logits, a.logits):
         y[real].square().mean().backward()
     own = dict(ours.named_parameters())
-    for name, p in renamed(dict(theirs.named_parameters())).items():
+    for name, p in renamed(dict(theirs.named_parameters()), NAMES).items():
         if p.grad is not None and "embed" not in name:  # their embedding of the padding id takes no gradient
             scale = p.grad.abs().max().clamp(min=1e-3)
             assert ((own[name].grad - p.grad).abs().max() / scale).item() < 1e-4, name
@@ -190,48 +168,29 @@ def test_conv_and_lists_that_do_not_fit_are_refused():
             LongformerOptions.parse({"num_heads": 4, "head_dim": 4, **options})
 
 
-def teacher(causal=False):
+def original(causal=False):
+    """Attention with all that a conversion has to copy."""
     config = AttentionConfig(
         num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True, qk_norm=True, rotary=RotaryConfig(theta=500.0),
         causal=causal,
     )  # fmt: skip
-    attention = Attention(config, D).double()
-    with torch.no_grad():
-        for p in attention.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return attention
-
-
-def convert(attention, **options):
-    weights = attention.attention_weights()
-    return Longformer.from_attention(Longformer.config_from_attention(weights, **options), weights).double()
-
-
-def error(student, attention, x_BLD):
-    expected = attention(x_BLD)[0].detach()
-    return ((student(x_BLD)[0] - expected).square().sum() / expected.square().sum()).sqrt()
+    return shaken(Attention(config, D), 0.2)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_conversion_is_exact_within_the_window(causal):
-    attention, x_BLD = teacher(causal), torch.randn(2, 40, D, dtype=torch.double)
-    student = convert(attention, window=40)
+    attention = original(causal)
+    student = convert(attention, "longformer", window=40)
     assert student.config.global_tokens == (4 if causal else 1)
-    assert error(student, attention, x_BLD).item() < 1e-6
-    assert error(convert(attention, window=6), attention, x_BLD).item() > 1e-3
+    assert relative_error(student, attention, length=40) < 1e-5
+    assert relative_error(convert(attention, "longformer", window=6), attention) > 1e-3
 
 
 def test_conversion_improves_with_training():
-    attention = teacher()
-    student = convert(attention, window=6, global_tokens=2)
-    inputs, held_out = torch.randn(8, 4, 40, D, dtype=torch.double), torch.randn(8, 40, D, dtype=torch.double)
-    optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
-    before = error(student, attention, held_out).item()
-    moved = student.q_global_proj.weight.clone()
-    for step in range(24):
-        optimizer.zero_grad()
-        error(student, attention, inputs[step % 8]).backward()
-        optimizer.step()
-    assert error(student, attention, held_out).item() < 0.9 * before
+    attention = original()
+    student = convert(attention, "longformer", window=6, global_tokens=2)
+    before, moved = relative_error(student, attention), student.q_global_proj.weight.clone()
+    align(student, attention, steps=24)
+    assert relative_error(student, attention) < 0.9 * before
     assert not torch.equal(student.q_global_proj.weight, moved)
     assert not torch.equal(student.q_global_proj.weight, student.q_proj.weight)  # copies, not the same tensor

@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
+from formulas import align, convert, distance, fading_average, measured, relative_error, teacher, text_like
 
 from zoo.errors import ConfigError
-from zoo.mixers.attention import Attention, AttentionConfig
-from zoo.mixers.base import AttentionStats
 from zoo.mixers.s4 import S4, S4Config
 from zoo.ops.state_space import hippo_legs, legs_normal
 
@@ -54,71 +53,23 @@ def test_impossible_options_are_refused():
 
 # --- From attention ------------------------------------------------------------------------------------------------
 
-H, G, K, D, L = 4, 2, 8, 32, 48
-
-
-def teacher_of(causal=True):
-    torch.manual_seed(1)
-    config = AttentionConfig(num_heads=H, num_kv_heads=G, head_dim=K, qkv_bias=True, causal=causal)
-    attention = Attention(config, D)
-    with torch.no_grad():
-        for p in attention.parameters():
-            p.copy_(torch.randn_like(p) * D**-0.5)
-    return attention
-
-
-def converted(teacher, lookback, **options):
-    ones = torch.ones(H)
-    stats = AttentionStats(lookback_H=lookback * ones, q_norm_H=ones, k_norm_H=ones, out_rms_H=ones)
-    weights = teacher.attention_weights()
-    return S4.from_attention(S4.config_from_attention(weights, **options), weights, stats)
-
-
-def relative(got, expected):
-    return ((got - expected).square().sum() / expected.square().sum()).sqrt()
-
-
-def text_like(rows):
-    """Inputs whose neighbours resemble each other."""
-    x_BLD = torch.randn(rows, L, D)
-    for t in range(1, len(x_BLD[0])):
-        x_BLD[:, t] = 0.9 * x_BLD[:, t - 1] + 0.19**0.5 * x_BLD[:, t]
-    return x_BLD
-
 
 @pytest.mark.parametrize("glu", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @torch.no_grad()
 def test_starts_as_a_fading_average_of_the_values(causal, glu):
-    teacher = teacher_of(causal)
-    student = converted(teacher, 5.0, glu=glu)
-    x_BLD = torch.randn(2, L, D)
-    v_BLHK = teacher.v_proj(x_BLD).unflatten(-1, (G, K)).repeat_interleave(H // G, 2)
-    age_LL = torch.arange(L)[:, None] - torch.arange(L)
-    a = 2 ** (-1 / 5)
-    weights_LL = torch.where(age_LL >= 0, (1 - a) * a ** age_LL.clamp(min=0), 0.0)
-    if not causal:
-        weights_LL = (weights_LL + torch.where(age_LL < 0, (1 - a) * a ** (-age_LL - 1).clamp(min=0), 0.0)) / 2
-    v_LHK = torch.einsum("ts,bshk->bthk", weights_LL, v_BLHK - teacher.v_proj.bias.view(G, K).repeat_interleave(2, 0))
-    v_LHK = v_LHK + teacher.v_proj.bias.view(G, K).repeat_interleave(2, 0)  # a constant is its own average
-    got = student(x_BLD)[0]
-    assert relative(got, teacher.o_proj(v_LHK.flatten(-2))) < 0.05  # gelu is not quite linear
-    assert not torch.isnan(got).any()
+    attention = teacher(causal=causal, kv_heads=2)
+    student = convert(attention, "s4", measured(5.0), glu=glu)
+    x_BLD = torch.randn(2, 48, 32)
+    assert distance(student(x_BLD)[0], fading_average(attention, x_BLD, 5.0)) < 0.05  # gelu is not quite linear
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_alignment_improves_the_start(causal):
-    teacher = teacher_of(causal)
-    student = converted(teacher, L / 3)
+    attention = teacher(causal=causal, kv_heads=2)
+    student = convert(attention, "s4", measured(16.0))
     held_out = text_like(16)
-    with torch.no_grad():
-        start = relative(student(held_out)[0], teacher(held_out)[0]).item()
+    start = relative_error(student, attention, x_BLD=held_out)
     assert start < 0.8
-    optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3)
-    for _ in range(25):
-        optimizer.zero_grad()
-        x_BLD = text_like(16)
-        relative(student(x_BLD)[0], teacher(x_BLD)[0].detach()).backward()
-        optimizer.step()
-    with torch.no_grad():
-        assert relative(student(held_out)[0], teacher(held_out)[0]).item() < 0.97 * start
+    align(student, attention, steps=25, rate=2e-3, inputs=lambda: text_like(16))
+    assert relative_error(student, attention, x_BLD=held_out) < 0.97 * start

@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from recurrent_cases import assert_near
 
 from zoo.errors import ConfigError
 from zoo.ops import chunks
@@ -71,14 +72,6 @@ def fitting_state(case, normalize):
     """The initial state of a case, less the normaliser's column where nothing is normalised."""
     initial = case.get("initial")
     return initial if initial is None or normalize else initial[..., :-1]
-
-
-def assert_near(actual, expected, tolerance):
-    """Largest error relative to the largest value of each tensor (and to 1 where all are small)."""
-    assert len(actual) == len(expected)
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        error = ((a.double() - e.double()).abs().max() / e.abs().max().clamp(min=1.0)).item()
-        assert error <= tolerance, f"output {i}: relative error {error:.2e}"  # a NaN fails too
 
 
 @pytest.fixture

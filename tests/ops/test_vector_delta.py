@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from recurrent_cases import assert_near, evaluate, make_case
 
 from zoo.errors import ConfigError
 from zoo.ops import chunks
@@ -30,35 +31,6 @@ def make(kind="mild", B=2, G=2, R=1, L=37, K=4, V=3):
     q, k, v = torch.randn(B, G * R, L, K).double(), torch.randn(B, G, L, K).double(), torch.randn(B, G, L, V).double()
     beta, u = torch.rand(B, G, L).double(), torch.rand(B, G, L, K).double()
     return q, F.normalize(k, dim=-1), v, beta, {"mild": -5 * u**4, "strong": -1e4 * u**8}[kind]
-
-
-def make_case(case, B=2, G=2, L=37, K=4, V=3):
-    if case == "plain":
-        return {}
-    if case == "state":
-        return {"initial": torch.randn(B, G, K, V).double()}
-    mask_BL = torch.rand(B, L) > 0.2
-    mask_BL[0, :3], mask_BL[1, -4:] = False, False
-    return make_case("state") | {"mask_BL": mask_BL, "segments_BL": (torch.rand(B, L) > 0.85).cumsum(1)}
-
-
-def evaluate(function, tensors, case, dtype, **options):
-    """The output, the final state, and the gradients of a random function of both for everything that goes in."""
-    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
-    if "initial" in case:
-        leaves.append(case["initial"].to(dtype).requires_grad_())
-        case = case | {"initial": leaves[-1]}
-    outputs = function(*leaves[:5], final=True, **case, **options)
-    generator = torch.Generator().manual_seed(3)
-    loss = sum((o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum() for o in outputs)
-    return [o.detach() for o in (*outputs, *torch.autograd.grad(loss, leaves))]
-
-
-def assert_near(actual, expected, tolerance):
-    """Largest error relative to the largest value of each tensor (and to 1 where all are small)."""
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        error = ((a.double() - e.double()).abs().max() / e.abs().max().clamp(min=1.0)).item()
-        assert error <= tolerance, f"output {i}: relative error {error:.2e}"  # a NaN fails too
 
 
 @pytest.mark.parametrize("case", ["plain", "state", "mask, runs, state"])
