@@ -64,6 +64,18 @@ def long_conv(
     return y.to(x_BLE.dtype)
 
 
+def long_conv_step(x_BSE: Tensor, kernel_EL: Tensor) -> Tensor:
+    """The last position (B, 1, E) of the causal convolution of x, whose padding stands in front and is zero.
+
+    Sums are kept in float32 (float64 for float64); the result is in the dtype of x.
+    """
+    near_BSE = x_BSE[:, max(x_BSE.shape[1] - kernel_EL.shape[1], 0) :]
+    dtype = torch.promote_types(x_BSE.dtype, torch.float32)
+    with no_autocast(x_BSE):
+        taps_ES = kernel_EL[:, : near_BSE.shape[1]].flip(1).to(dtype)
+        return torch.einsum("bse,es->be", near_BSE.to(dtype), taps_ES)[:, None].to(x_BSE.dtype)
+
+
 def _by_segment(x_BLE, kernel, back, mask_BL, segments_BL, backend) -> Tensor:
     """Every packed sequence in a row of its own, as long as the longest."""
     real_BL = torch.ones_like(segments_BL, dtype=torch.bool) if mask_BL is None else mask_BL
