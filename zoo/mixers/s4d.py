@@ -29,7 +29,7 @@ from zoo.errors import TraitError
 from zoo.linear import Linear
 from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits, refuse_segments_with_state
 from zoo.mixers.recurrent import LN2, lookback
-from zoo.ops.state_space import diagonal_ssm, legs_normal
+from zoo.ops.state_space import diagonal_ssm, discretize, legs_normal
 from zoo.registry import register_mixer
 
 SMALL = 0.1  # what a converted layer's inputs of gelu are multiplied with
@@ -183,12 +183,8 @@ class S4D(StateSpaceMixer):
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """log z and the factor of the inputs, both complex (D, N / 2)."""
-        dt_D1 = self.log_dt.exp()[:, None]
         A_DN = torch.complex(-self.log_A_real.exp(), self.A_imag)
-        dtA_DN = A_DN * dt_D1
-        if self.config.discretization == "zoh":
-            return dtA_DN, (dtA_DN.exp() - 1) / A_DN
-        return torch.log1p(dtA_DN / 2) - torch.log1p(-dtA_DN / 2), dt_D1 / (1 - dtA_DN / 2)
+        return discretize(self.log_dt.exp(), A_DN, self.config.discretization)
 
     def ssm(
         self, x_BLD: Tensor, mask_BL: Tensor | None, segments_BL: Tensor | None, state: Tensor | None

@@ -73,6 +73,17 @@ def diagonal_ssm(
     return y_BLE.to(x_BLE.dtype), state
 
 
+def discretize(dt_E: Tensor, A_EN: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """log z and the factor of the inputs, both complex (E, N), of h' = A h + x in steps of dt.
+
+    rule: "zoh" holds the input for a step, z = e^{dt A}; "bilinear" is the trapezoidal rule.
+    """
+    dt_E1, dtA_EN = dt_E[:, None], A_EN * dt_E[:, None]
+    if rule == "zoh":
+        return dtA_EN, (dtA_EN.exp() - 1) / A_EN
+    return torch.log1p(dtA_EN / 2) - torch.log1p(-dtA_EN / 2), dt_E1 / (1 - dtA_EN / 2)
+
+
 def response(c_EN: Tensor, log_z_EN: Tensor, length: int, start: int = 0) -> Tensor:
     """2 Re(sum_n c_n z_n^(start + l)) for l < length: (..., E, length) of c (..., E, N)."""
     C, n = _blocks(length)
