@@ -204,6 +204,7 @@ class ModelSpec(Options):
     position_offset: int = Field(0, ge=0, le=1024)  # RoBERTa's learned positions start at 2
     token_types: int = Field(0, ge=0, le=1024)
     embedding_norm: bool = False
+    embedding_projection: bool = False  # a dense layer behind the embedding and its norm (FNet)
     embedding_dropout: float = Field(0.0, ge=0, lt=1)
     tie_word_embeddings: bool = True
     lm_head_bias: bool = False

@@ -83,8 +83,6 @@ class Longformer(SlidingWindow):
             sizes = (c.num_heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.value_dim)
             for letter, size in zip("qkv", sizes, strict=True):
                 setattr(self, f"{letter}_global_proj", Linear(width, size, bias=c.qkv_bias))
-            # A model passes over modules without tensors of their own when it calls `reset_parameters`.
-            self.register_buffer("started", torch.zeros(0, dtype=torch.bool), persistent=False)
             self.reset_parameters(0.02)
 
     @classmethod

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from zoo.config import LayerSpec, ModelSpec, ZooConfig
 from zoo.ffn.base import ChannelMixer
+from zoo.linear import Linear
 from zoo.mixers.base import SequenceMixer, State
 from zoo.models.shared import add_earlier_runs, make_layers
 from zoo.models.state import StateLayer, as_state_cache, state_cache
@@ -126,6 +127,11 @@ class ZooPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _can_compile_fullgraph = True
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # A module whose tensors all sit in modules below counts as loaded there, and would never be asked.
+        owns = any(True for m in (module.parameters(recurse=False), module.buffers(recurse=False)) for _ in m)
+        super()._initialize_weights(module, is_custom_code and owns)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -174,6 +180,7 @@ class ZooModel(ZooPreTrainedModel):
         if spec.token_types:
             self.embed_token_types = nn.Embedding(spec.token_types, spec.hidden_size)
         self.embed_norm = make_norm(spec) if spec.embedding_norm else None
+        self.input_projection = Linear(spec.hidden_size, spec.hidden_size) if spec.embedding_projection else None
         self.dropout = nn.Dropout(spec.embedding_dropout)
         self.layers: Any = make_layers(spec, make_block)  # whose type forgets the Blocks
         self.norm = make_norm(spec) if spec.final_norm else None
@@ -293,6 +300,8 @@ class ZooModel(ZooPreTrainedModel):
                 x_BLD = x_BLD + self.embed_token_types(token_type_ids)
         if self.embed_norm is not None:
             x_BLD = self.embed_norm(x_BLD)
+        if self.input_projection is not None:
+            x_BLD = self.input_projection(x_BLD)
         return self.dropout(x_BLD)
 
     def _state(self, cache: Any, i: int, x_BLD: Tensor) -> State:
