@@ -73,7 +73,7 @@ def test_filters():
     assert "bert-tiny" not in zoo.list_models(task="causal-lm")
     assert zoo.list_models("*-tiny", mixer="sliding_window") == ["gated-deltanet-h-tiny", "sliding-window-tiny"]
     assert zoo.list_mixers("*linear_attention") == ["gated_linear_attention", "linear_attention"]
-    assert zoo.list_ffns() == ["gated_mlp", "mlp"]
+    assert zoo.list_ffns("*mlp") == ["gated_mlp", "mlp"]
 
 
 def test_every_mixer_has_a_tiny_model():

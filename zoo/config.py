@@ -215,6 +215,7 @@ class ModelSpec(Options):
     normalize_embeddings: bool = True
     classifier_dropout: float = Field(0.0, ge=0, lt=1)
     initializer_range: float = Field(0.02, gt=0, le=10)
+    embedding_initializer_range: float | None = Field(None, gt=0, le=10)  # None: as initializer_range
     exits: ExitOptions | None = None
     origin: dict[str, Any] = Field(default_factory=dict)  # teacher, layout and original config of a converted model
 

@@ -64,6 +64,8 @@ def test_show_counts_what_a_real_model_has(name):
     model = zoo.create_model(name).eval()
     assert info["parameters"] == sum(p.numel() for p in model.parameters())
     embeddings = sum(p.numel() for n, p in model.named_parameters() if "embed" in n and "norm" not in n)
+    if not model.config.tie_word_embeddings:
+        embeddings += model.lm_head.weight.numel()
     assert info["parameters_without_embeddings"] == info["parameters"] - embeddings
     assert sum(_count(group["layers"]) for group in info["layers"]) == model.config.num_hidden_layers
     for length in LENGTHS[:1]:

@@ -19,8 +19,9 @@ def make():
             for parameter_name, parameter in model.named_parameters():
                 if parameter_name.endswith("mix_logit_H"):
                     parameter.zero_()  # both branches count
-                elif parameter.dim() == 1:
-                    parameter.add_(0.1 * torch.randn_like(parameter))  # no bias is zero, no norm weight one
+                elif parameter.dim() == 1 or not parameter.any():
+                    # No bias is zero, no norm weight one, no projection (as RWKV's are at the start) nothing.
+                    parameter.add_(0.1 * torch.randn_like(parameter))
         return model
 
     return make

@@ -21,13 +21,15 @@ class ChannelMixer(nn.Module, ABC):
     """Base of channel mixers with context: a mask, packed segments, a carried state, a loss of their own.
 
     `auxiliary_loss` is a scalar, already weighted, that the last forward in training added to the loss of the model;
-    None where there is none. `keep_float32` names parameters that must stay float32 under any dtype.
+    None where there is none. `keep_float32` names parameters that must stay float32 under any dtype; `place` is as in a
+    `SequenceMixer`.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[FFNOptions]]
     keep_float32: ClassVar[tuple[str, ...]] = ()
     auxiliary_loss: Tensor | None = None
+    place: tuple[int, int] = (0, 1)
 
     @abstractmethod
     def forward(

@@ -134,6 +134,8 @@ class SequenceMixer(nn.Module, ABC):
     `register_mixer`. `keep_float32` names parameters that must stay float32 under any dtype; they are kept so on load.
     A mixer with `shares = True` also gets `shared=`, a dictionary made anew for each pass of a model and handed through
     all its layers (RWKV-7 reads the first layer's values there); without one it behaves as the first layer does.
+    `place` is the index of the layer and the number of layers of the model, set before a model initialises its weights,
+    for initialisations that depend on the depth.
     """
 
     name: ClassVar[str]
@@ -141,6 +143,7 @@ class SequenceMixer(nn.Module, ABC):
     traits: ClassVar[Traits]
     keep_float32: ClassVar[tuple[str, ...]] = ()
     shares: ClassVar[bool] = False
+    place: tuple[int, int] = (0, 1)
 
     def __init__(self, config: MixerOptions, width: int) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -79,7 +79,8 @@ class Inputs:
     """One call's arguments, as `mix` sees them.
 
     `positions_BL` counts real tokens of each sequence from 0. It is None where all rows simply go on from
-    `state.length`, and where nobody needs it.
+    `state.length`, and where nobody needs it. `shared` is as in `SequenceMixer`; `found` is what a mixer's own
+    `project` leaves there for its `mix`.
     """
 
     x_BLD: Tensor
@@ -87,6 +88,8 @@ class Inputs:
     segments_BL: Tensor | None
     positions_BL: Tensor | None
     state: State | None
+    shared: dict[str, Tensor] | None = None
+    found: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def start(self) -> int:
@@ -109,6 +112,7 @@ class QKVMixer(SequenceMixer):
     head_norm: nn.Module
     needs_positions = False  # beyond rotary
     averages_values: ClassVar[bool] = True  # outputs are weighted means of values, so of their scale
+    stands_alone: ClassVar[bool] = False  # `mix` needs what its own `project` found, so it cannot be a branch
 
     def __init__(self, config: QKVOptions, width: int, own_projections: bool = True) -> None:
         super().__init__(config, width)
@@ -150,6 +154,7 @@ class QKVMixer(SequenceMixer):
         mask_BL: Tensor | None = None,
         segments_BL: Tensor | None = None,
         state: State | None = None,
+        shared: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, State | None]:
         refuse_segments_with_state(segments_BL, state)
         if state is not None and not self.config.causal:
@@ -163,7 +168,7 @@ class QKVMixer(SequenceMixer):
             seen_B = state["seen"] if "seen" in state else x_BLD.new_full((len(x_BLD),), state.length, dtype=torch.long)
         if counts and (mask_BL is not None or segments_BL is not None or seen_B is not None):
             positions_BL = token_positions(x_BLD, mask_BL, segments_BL, seen_B)
-        inputs = Inputs(x_BLD, mask_BL, segments_BL, positions_BL, state)
+        inputs = Inputs(x_BLD, mask_BL, segments_BL, positions_BL, state, shared)
         q_BHLK, k_BGLK, v_BGLV, carried = self.project(inputs)
         y_BHLV, mixed = self.mix(q_BHLK, k_BGLK, v_BGLV, inputs)
         out_BLD = self.finish(y_BHLV, x_BLD)
@@ -187,17 +192,21 @@ class QKVMixer(SequenceMixer):
                     carried[f"{name}_conv"] = tail
             heads.append(y_BLE.unflatten(-1, (-1, size)).transpose(1, 2))
         q_BHLK, k_BGLK, v_BGLV = heads
-        if c.qk_norm:
+        return *self.norm_and_rotate(q_BHLK, k_BGLK, inputs), v_BGLV, carried
+
+    def norm_and_rotate(self, q_BHLK: Tensor, k_BGLK: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Queries and keys with the norm per head and the rotary positions, where the config has them."""
+        rotary = self.config.rotary
+        if self.config.qk_norm:
             q_BHLK, k_BGLK = self.q_norm(q_BHLK), self.k_norm(k_BGLK)
-        if c.rotary is not None:
+        if rotary is not None:
             cos, sin = self._rotary_tables(inputs, q_BHLK.dtype)
-            if x_BLD.shape[1] == 1:  # in a decoding step the number of calls is what costs
-                both = apply_rotary(torch.cat([q_BHLK, k_BGLK], 1), cos, sin, c.rotary.interleaved)
-                q_BHLK, k_BGLK = both[:, : q_BHLK.shape[1]], both[:, q_BHLK.shape[1] :]
-            else:
-                q_BHLK = apply_rotary(q_BHLK, cos, sin, c.rotary.interleaved)
-                k_BGLK = apply_rotary(k_BGLK, cos, sin, c.rotary.interleaved)
-        return q_BHLK, k_BGLK, v_BGLV, carried
+            if q_BHLK.shape[2] == 1:  # in a decoding step the number of calls is what costs
+                both = apply_rotary(torch.cat([q_BHLK, k_BGLK], 1), cos, sin, rotary.interleaved)
+                return both[:, : q_BHLK.shape[1]], both[:, q_BHLK.shape[1] :]
+            q_BHLK = apply_rotary(q_BHLK, cos, sin, rotary.interleaved)
+            k_BGLK = apply_rotary(k_BGLK, cos, sin, rotary.interleaved)
+        return q_BHLK, k_BGLK
 
     def _rotary_tables(self, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         c, x_BLD = self.config, inputs.x_BLD

@@ -99,7 +99,7 @@ def linear_class(options: dict[str, Any]) -> type[QKVMixer]:
 
 
 def _can_be_branch(cls: type) -> bool:
-    return issubclass(cls, QKVMixer) and cls.traits.causal and cls.traits.state == "constant"
+    return issubclass(cls, QKVMixer) and not cls.stands_alone and cls.traits.causal and cls.traits.state == "constant"
 
 
 @register_mixer("windowed_linear")

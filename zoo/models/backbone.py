@@ -149,7 +149,8 @@ class ZooPreTrainedModel(PreTrainedModel):
         ):
             module.reset_parameters(std)  # type: ignore[operator]
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=std)
+            small = self.config.embedding_initializer_range
+            init.normal_(module.weight, std=std if small is None else small)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers does; the weights get the permissions that the config has, not those of a private file."""
@@ -183,6 +184,10 @@ class ZooModel(ZooPreTrainedModel):
         self.input_projection = Linear(spec.hidden_size, spec.hidden_size) if spec.embedding_projection else None
         self.dropout = nn.Dropout(spec.embedding_dropout)
         self.layers: Any = make_layers(spec, make_block)  # whose type forgets the Blocks
+        for i in reversed(range(len(self.layers))):  # a block that comes more than once has its first place
+            for part in self.layers[i].modules():
+                if isinstance(part, SequenceMixer | ChannelMixer):
+                    part.place = (i, len(self.layers))
         self.norm = make_norm(spec) if spec.final_norm else None
         self.gradient_checkpointing = False
         mixers = [m for m in self.modules() if isinstance(m, SequenceMixer | ChannelMixer)]

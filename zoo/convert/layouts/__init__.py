@@ -1,0 +1,1 @@
+"""Other people's checkpoints: one file a layout, which knows its names, shapes and conventions."""
