@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,8 +15,6 @@ from zoo.mixers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from zoo.mixers.gated_linear_attention import GatedLinearAttention, GatedLinearAttentionConfig
 from zoo.mixers.linear_attention import LinearAttention, LinearAttentionConfig
 from zoo.mixers.mamba2 import Mamba2, Mamba2Config
-from zoo.mixers.retention import Retention, RetentionConfig
-from zoo.ops.rotary import RotaryConfig, rotary_tables
 
 L, D = 70, 32
 
@@ -110,51 +108,6 @@ def test_gated_delta_net_is_qwen3_next():
     x_BLD = torch.randn(2, L, D)
     with torch.no_grad():
         close(ours(x_BLD)[0], theirs(x_BLD))
-
-
-def test_retention_is_torchscale():
-    """The official layer, with our angles (theirs end at theta ** -1 exactly) and our decays."""
-    peer = pytest.importorskip("torchscale.component.multiscale_retention", reason="torchscale is not installed")
-    H, K = 4, D // 4
-    args = SimpleNamespace(layernorm_eps=1e-12, multiway=False)
-    theirs = peer.MultiScaleRetention(args, D, 2 * D, H).double()
-    rotary = RotaryConfig(interleaved=True)
-    ours = Retention(
-        RetentionConfig(num_heads=H, head_dim=K, value_head_dim=2 * K, rotary=rotary, head_norm_eps=1e-12), D
-    ).double()
-    decay = ours.decay_logit_G
-    load(
-        ours,
-        **{f"{n}_proj.weight": getattr(theirs, f"{n}_proj").weight for n in "qkvg"},
-        **{"o_proj.weight": theirs.out_proj.weight, "decay_logit_G": decay},
-    )
-    torch.testing.assert_close(decay.sigmoid().float(), 1 - 2.0 ** (-5 - torch.arange(H)))
-    cos, sin = rotary_tables(rotary, K, torch.arange(L)[None])
-    sin = sin * torch.tensor([-1.0, 1.0]).repeat(K // 2)  # ours carry the sign of the pair's first partner
-    distance = torch.arange(L)[:, None] - torch.arange(L)
-    map_HLL = decay.sigmoid()[:, None, None] ** distance.clamp(min=0) * (distance >= 0)
-    x_BLD = torch.randn(2, L, D, dtype=torch.double)
-    with torch.no_grad():
-        expected = theirs(x_BLD, ((sin[0].double(), cos[0].double()), map_HLL))
-        close(ours(x_BLD)[0], expected)  # their row sums are taken out again by the norm, up to its eps
-
-
-def test_retention_is_yet_another_retnet():
-    peer = pytest.importorskip(
-        "yet_another_retnet.retention", reason="yet-another-retnet (with einops) is not installed"
-    )
-    H = 4
-    theirs = peer.MultiScaleRetention(D, H, relative_position=False, bias=False, dtype=torch.double).eval()
-    config = RetentionConfig(num_heads=H, head_dim=D // H, rotary=None, head_norm_centered=True, head_norm_eps=1e-6)
-    ours = load(
-        Retention(config, D).double(),
-        **{f"{n}_proj.weight": getattr(theirs, f"{n}_proj").weight for n in "qkvg"},
-        **{"o_proj.weight": theirs.out_proj.weight},
-        decay_logit_G=torch.logit(peer._build_decay_gammas(H, dtype=torch.double)),
-    )
-    x_BLD = torch.randn(2, L, D, dtype=torch.double)
-    with torch.no_grad():
-        close(ours(x_BLD)[0], theirs.forward_parallel(x_BLD, x_BLD, x_BLD)[0], 1e-8)
 
 
 def test_gated_linear_attention_is_flas():

@@ -26,7 +26,8 @@ from zoo.registry import register_mixer
 
 
 class RetentionConfig(QKVOptions):
-    """Options of `retention`; the defaults are the published block, whose value heads are twice as large.
+    """Options of `retention`; the defaults are the published block, whose value heads are twice as large. (Its rotary
+    positions depend on the head size: `published_rotary`. Those of the default are Llama's.)
 
     head_norm_centered: subtract the mean, as the paper's GroupNorm; the official code and its successors do not.
     learn_decay: gamma is trained (through its logit); otherwise it is fixed, but saved with the weights.
@@ -40,6 +41,14 @@ class RetentionConfig(QKVOptions):
     gate: bool = True
     learn_decay: bool = False
     first_decay: float = Field(5.0, ge=0, le=64)  # gamma of head 0 is 1 - 2 ** -first_decay
+
+
+def published_rotary(head_dim: int) -> RotaryConfig:
+    """The rotary positions of the authors' code for heads of this size: neighbours are pairs, and pair i of F turns by
+    10000 ** (-i / (F - 1)), so that the last is at 1 / 10000 exactly. That is the usual row of another theta.
+    """
+    pairs = head_dim // 2
+    return RotaryConfig(theta=10000.0 ** (pairs / (pairs - 1)), interleaved=True)
 
 
 @register_mixer("retention")
@@ -69,7 +78,12 @@ class Retention(RecurrentMixer):
         return two_sided(q_BHLK * scale, k_BGLK, v_BGLV, inputs, log_decay_G), {}
 
     def reset_parameters(self, std: float) -> None:
-        """gamma_h = 1 - 2^(-5-h), that is logit(gamma_h) = log(2^(5+h) - 1)."""
+        """As published, whatever `std`: gamma_h = 1 - 2^(-5-h), that is logit(gamma_h) = log(2^(5+h) - 1), and
+        projections Xavier uniform, those into the block with a gain of 2^-2.5.
+        """
+        for name in ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj"):
+            if isinstance(linear := getattr(self, name, None), nn.Linear):
+                init.xavier_uniform_(linear.weight, gain=1.0 if name == "o_proj" else 2**-2.5)
         exponents_G = self.config.first_decay + torch.arange(self.config.kv_heads, dtype=torch.float64)
         init.copy_(self.decay_logit_G, torch.log(torch.exp2(exponents_G) - 1).float())
 
