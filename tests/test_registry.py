@@ -42,6 +42,13 @@ PUBLISHED = {
 }
 
 
+# Names that their authors chose, with the parameters, in millions, of the model that is made.
+NAMED_OTHERWISE = {
+    "llama-3.2-1b": 1236,
+    "mobilebert-25m": 36.6,  # 25 million without the output's own part of the word vectors
+}
+
+
 def on_meta(name: str) -> torch.nn.Module:
     with torch.device("meta"):
         return zoo.create_model(name)
@@ -101,7 +108,7 @@ def test_tiny_models_are_tiny(name):
 @pytest.mark.parametrize("name", [name for name in zoo.list_models() if not name.endswith("-tiny")])
 def test_sizes_are_those_of_the_papers(name):
     millions = sum(p.numel() for p in on_meta(name).parameters()) / 1e6
-    stated = natural_key(name)[-1][1] / 1e6
+    stated = NAMED_OTHERWISE.get(name, natural_key(name)[-1][1] / 1e6)
     assert millions == pytest.approx(stated, rel=0.08)
     if name in PUBLISHED:
         assert millions == pytest.approx(PUBLISHED[name], rel=0.025)

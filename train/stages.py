@@ -127,9 +127,8 @@ def check_stage(stage: Stage, student: ZooPreTrainedModel, teacher: ZooPreTraine
 def _first_trained(student: ZooPreTrainedModel) -> int:
     """The number of leading blocks without a trained parameter; 0 where something before them trains."""
     model: Any = student.model
-    blocks = {id(p) for p in model.layers.parameters()} | (
-        {id(p) for p in model.norm.parameters()} if model.norm is not None else set()
-    )
+    parts = [part for part in (model.layers, model.norm, model.project_out) if part is not None]
+    blocks = {id(p) for part in parts for p in part.parameters()}
     if any(p.requires_grad for p in model.parameters() if id(p) not in blocks):
         return 0
     for i, block in enumerate(model.layers):
@@ -154,7 +153,7 @@ def shared_layers(student: ZooPreTrainedModel, teacher: ZooPreTrainedModel) -> i
 
 
 def _outside_blocks(model: Any) -> dict[str, Tensor]:
-    return {n: t for n, t in model.state_dict().items() if not n.startswith(("layers.", "norm."))}
+    return {n: t for n, t in model.state_dict().items() if not n.startswith(("layers.", "norm.", "project_out."))}
 
 
 def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -230,8 +229,7 @@ class Teaching:
 
 def finish(model: Any, x_BLD: Tensor) -> Tensor:
     """From the last block's output to the state that the vocabulary is multiplied with."""
-    if model.model.norm is not None:
-        x_BLD = model.model.norm(x_BLD)
+    x_BLD = model.model.finish(x_BLD)
     transform = getattr(model, "transform", None)
     return x_BLD if transform is None else transform(x_BLD)
 

@@ -197,14 +197,18 @@ class ModelSpec(Options):
     max_position_embeddings: int = Field(2048, ge=1, le=1 << 27)
     layers: list[Any] = Field(default_factory=_default_layers, min_length=1, max_length=MAX_LAYERS)
     block: Literal["pre_norm", "post_norm", "parallel"] = "pre_norm"
-    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    norm: Literal["rms_norm", "layer_norm", "no_norm"] = "rms_norm"  # no_norm: a scale and a shift a channel
     norm_eps: float = Field(1e-5, gt=0, le=1)
     final_norm: bool = True
     positions: Literal["none", "learned"] = "none"  # rotary positions are an option of the mixers
     position_offset: int = Field(0, ge=0, le=1024)  # RoBERTa's learned positions start at 2
     token_types: int = Field(0, ge=0, le=1024)
+    embedding_size: int | None = Field(None, ge=1, le=1 << 17)  # of word vectors; a linear map leads to hidden_size
+    embedding_projection: Literal["words", "sum"] = "words"  # maps word vectors, or their normed sum with positions
+    embedding_projection_bias: bool = True
+    embedding_context: int = Field(1, ge=1, le=15)  # word vectors of so many neighbours are mapped together
+    embedding_output: Literal["transform", "project", "extend"] = "transform"  # how a head gets back to word vectors
     embedding_norm: bool = False
-    embedding_projection: bool = False  # a dense layer behind the embedding and its norm (FNet)
     embedding_dropout: float = Field(0.0, ge=0, lt=1)
     tie_word_embeddings: bool = True
     lm_head_bias: bool = False
@@ -225,6 +229,49 @@ class ModelSpec(Options):
         if isinstance(values, dict) and isinstance(values.get("layers"), dict):
             values = {**values, "layers": expand_pattern(values["layers"])}
         return values
+
+    @model_validator(mode="after")
+    def _embedding_fits(self) -> Self:
+        fields = type(self).model_fields
+        keys = ("embedding_projection", "embedding_projection_bias", "embedding_context", "embedding_output")
+        if self.embedding_size is None:
+            for key in keys:
+                if getattr(self, key) != fields[key].default:
+                    raise ValueError(f"{key}: says nothing without embedding_size")
+            return self
+        if self.exits is not None and self.embedding_output == "project":
+            raise ValueError("exits: a model whose states are mapped to word vectors ('project') has no early exits")
+        if self.embedding_context % 2 == 0 or (self.embedding_context > 1 and self.embedding_projection == "sum"):
+            raise ValueError(
+                f"embedding_context: {self.embedding_context} neighbours: must be odd, and 1 with projection 'sum'"
+            )
+        if self.embedding_output == "extend" and self.embedding_size >= self.hidden_size:
+            raise ValueError(f"embedding_size: 'extend' needs fewer than hidden_size, got {self.embedding_size}")
+        ends_in_words = self.mlm_transform if self.task == "masked-lm" else self.task != "causal-lm"
+        same = self.embedding_size == self.hidden_size
+        if self.embedding_output == "transform" and not (ends_in_words or same):
+            raise ValueError(f"embedding_output: a {self.task} without mlm_transform needs 'project' or 'extend'")
+        return self
+
+    @property
+    def word_size(self) -> int:
+        """Size of the word vectors."""
+        return self.embedding_size or self.hidden_size
+
+    @property
+    def sum_size(self) -> int:
+        """Size of positions and token types, and of the norm on their sum with the word vectors."""
+        return self.word_size if self.embedding_projection == "sum" else self.hidden_size
+
+    @property
+    def state_size(self) -> int:
+        """Size of the final hidden states, which a head reads."""
+        return self.word_size if self.embedding_output == "project" else self.hidden_size
+
+    @property
+    def output_size(self) -> int:
+        """Size of the states that meet the vocabulary."""
+        return self.hidden_size if self.embedding_output == "extend" else self.word_size
 
     @model_validator(mode="after")
     def _resolve_layers(self) -> Self:

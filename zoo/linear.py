@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 FEW_ROWS = 4  # from five on the usual product is as fast
 PIECES = 4
@@ -44,3 +45,23 @@ def matvec(x: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor
     y_PEM = torch.bmm(weight_ED.view(PIECES, E // PIECES, D), rows_MD.T.expand(PIECES, D, len(rows_MD)))
     y = y_PEM.view(E, -1).T.reshape(*x.shape[:-1], E)
     return y if bias_E is None else y + bias_E
+
+
+class NoNorm(nn.Module):
+    """A scale and a shift a channel in place of a norm (MobileBERT, Sun et al. 2020); (..., D) -> (..., D).
+
+    `eps` is taken as the norms take it, and means nothing here.
+    """
+
+    def __init__(self, size: int, eps: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+    def reset_parameters(self, std: float) -> None:
+        """The identity."""
+        init.ones_(self.weight)
+        init.zeros_(self.bias)

@@ -177,6 +177,31 @@ REFUSED = {
         ),
         "layer_types.0='chunked_attention'",
     ),
+    "norms without weights": (
+        lambda: hf.OPTForCausalLM(
+            hf.OPTConfig(
+                vocab_size=9,
+                hidden_size=8,
+                num_hidden_layers=1,
+                ffn_dim=8,
+                num_attention_heads=2,
+                layer_norm_elementwise_affine=False,
+            )
+        ),
+        "layer_norm_elementwise_affine=False",
+    ),
+    "inner groups": (
+        lambda: hf.AlbertModel(hf.AlbertConfig(**SMALL, embedding_size=8, inner_group_num=2)),
+        "inner_group_num=2",
+    ),
+    "other norms": (
+        lambda: hf.MobileBertModel(hf.MobileBertConfig(**SMALL, normalization_type="layer_norm")),
+        "normalization_type='layer_norm'",
+    ),
+    "bottlenecks": (
+        lambda: hf.MobileBertModel(hf.MobileBertConfig(**SMALL, use_bottleneck_attention=True)),
+        "key_query_shared_bottleneck=True",
+    ),
     "number": (lambda: 7, "not int"),
     "module": (lambda: torch.nn.Linear(2, 2), "not Linear"),
 }
@@ -206,15 +231,11 @@ def test_a_model_with_added_tensors_is_refused():
 
 
 def test_an_unknown_family_is_refused_with_what_an_adapter_needs(saved, tmp_path):
-    model = hf.OPTForCausalLM(
-        hf.OPTConfig(
-            vocab_size=9, hidden_size=8, num_hidden_layers=1, ffn_dim=8, num_attention_heads=2, word_embed_proj_dim=8
-        )
-    )
-    for source in (model, copied(saved, tmp_path, model_type="opt"), copied(saved, tmp_path, model_type="optimus")):
+    model = hf.BloomForCausalLM(hf.BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2))
+    for source in (model, copied(saved, tmp_path, model_type="bloom"), copied(saved, tmp_path, model_type="bloomz")):
         with pytest.raises(ConversionError) as error:
             load_teacher(source)
-        for word in ("'opt", "llama (llama, mistral, qwen2", "gpt_neox", "distilbert", "architectures", "modules"):
+        for word in ("'bloom", "llama (llama, mistral, qwen2", "gpt_neox", "distilbert", "architectures", "modules"):
             assert word in str(error.value)
     with pytest.raises(ConversionError, match="did you mean 'mistral'"):
         load_teacher(copied(saved, tmp_path, model_type="mixtral"))

@@ -8,10 +8,12 @@ import pytest
 import torch
 import transformers as hf
 
+from zoo.convert.surgery import replace_mixers
 from zoo.convert.teachers import load_teacher, save_original, write_back
 from zoo.convert.teachers.adapter import Packed, adapter_for
 from zoo.convert.teachers.parity import check_parity, random_rows
 from zoo.errors import ConversionError
+from zoo.models import unshare
 from zoo.models.create import load_folder
 
 LLAMA = {
@@ -29,6 +31,9 @@ NEOX = {key: value for key, value in LLAMA.items() if key != "num_key_value_head
 GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
 BERT = NEOX
+OPT = {key: value for key, value in NEOX.items() if key != "intermediate_size"} | {"ffn_dim": 48, "pad_token_id": 0}
+ALBERT = BERT | {"embedding_size": 16}
+MOBILE = BERT | {"embedding_size": 16, "intra_bottleneck_size": 24, "num_feedforward_networks": 3}
 DISTIL = {"vocab_size": 97, "dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4, "max_position_embeddings": 128}
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -94,6 +99,17 @@ CAUSAL = {
         "GPT2LMHeadModel",
         GPT2 | {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
     ),
+    "opt": ("OPTForCausalLM", OPT),
+    "opt-350m": ("OPTForCausalLM", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
+    "opt-350m-untied": (
+        "OPTForCausalLM",
+        OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 24, "tie_word_embeddings": False},
+    ),
+    "opt-narrow-no-bias": (
+        "OPTForCausalLM",
+        OPT | {"enable_bias": False, "word_embed_proj_dim": 24, "activation_function": "gelu"},
+    ),
+    "opt-no-final-norm": ("OPTForCausalLM", OPT | {"_remove_final_layer_norm": True}),
     "neox": ("GPTNeoXForCausalLM", NEOX | rope(rope_type="default", partial_rotary_factor=0.5)),
     "neox-sequential": (
         "GPTNeoXForCausalLM",
@@ -109,10 +125,27 @@ ENCODERS = {
     "roberta-mlm": ("RobertaForMaskedLM", BERT | {"pad_token_id": 1, "hidden_act": "relu", "type_vocab_size": 1}),
     "roberta-classifier": ("RobertaForSequenceClassification", BERT | {"pad_token_id": 1, "num_labels": 3}),
     "roberta": ("RobertaModel", BERT | {"pad_token_id": 3}),
+    "albert-mlm": ("AlbertForMaskedLM", ALBERT),
+    "albert-mlm-untied": ("AlbertForMaskedLM", ALBERT | {"tie_word_embeddings": False, "hidden_act": "relu"}),
+    "albert-mlm-groups": ("AlbertForMaskedLM", ALBERT | {"num_hidden_layers": 5, "num_hidden_groups": 2}),
+    "albert-classifier": ("AlbertForSequenceClassification", ALBERT | {"num_labels": 3}),
+    "albert": ("AlbertModel", ALBERT),
+    "mobilebert-mlm": ("MobileBertForMaskedLM", MOBILE),
+    "mobilebert-mlm-residual": (
+        "MobileBertForMaskedLM",
+        MOBILE
+        | {"use_bottleneck_attention": True, "key_query_shared_bottleneck": False, "num_feedforward_networks": 1},
+    ),
+    "mobilebert-classifier": ("MobileBertForSequenceClassification", MOBILE | {"num_labels": 3}),
+    "mobilebert": ("MobileBertModel", MOBILE),
     "distilbert-mlm": ("DistilBertForMaskedLM", DISTIL),
     "distilbert-classifier": ("DistilBertForSequenceClassification", DISTIL | {"num_labels": 3}),
     "distilbert": ("DistilBertModel", DISTIL),
 }
+
+
+DENSE = ["pooler.dense.bias", "pooler.dense.weight"]
+POOLERS = {"albert": ["pooler.bias", "pooler.weight"], "bert": DENSE, "roberta": DENSE, "mobilebert": DENSE}
 
 
 def original(name: str) -> hf.PreTrainedModel:
@@ -149,13 +182,13 @@ def test_encoders_give_the_same_outputs(name):
     model = original(name)
     teacher = load_teacher(model)
     assert teacher.max_logit_error < 1e-5
-    ids_BL, mask_BL = random_rows(model.config, "right")
+    ids_BL, mask_BL = random_rows(model.config, adapter_for(model.config.model_type).padding)
     arguments = {"attention_mask": mask_BL}
     if teacher.model.config.token_types:
         arguments["token_type_ids"] = torch.randint(0, teacher.model.config.token_types, ids_BL.shape)
     with torch.no_grad():
         theirs, ours = model(ids_BL, **arguments), teacher.model(ids_BL, **arguments)
-    if name in ("bert", "roberta", "distilbert"):
+    if teacher.task == "sentence-embedding":
         hidden_BLD, mask_BL1 = theirs.last_hidden_state, mask_BL[:, :, None]
         mean_BD = (hidden_BLD * mask_BL1).sum(1) / mask_BL1.sum(1)
         expected_BD = torch.nn.functional.normalize(mean_BD, dim=-1)
@@ -173,8 +206,9 @@ def test_write_back_gives_identical_tensors(name, tmp_path):
     again = write_back(teacher.model)
     assert type(again) is type(model)
     expected = {key: t for key, t in before.items() if key not in teacher.model.config.origin["dropped"]}
-    if name == "bert-mlm-untied":  # a bias that this class has, and that no output depends on
-        expected["cls.predictions.bias"] = expected["cls.predictions.decoder.bias"]
+    if name.endswith("bert-mlm-untied"):  # a bias that these classes have, and that no output depends on
+        prefix = "predictions" if name.startswith("albert") else "cls.predictions"
+        expected[f"{prefix}.bias"] = expected[f"{prefix}.decoder.bias"]
     tensors = again.state_dict()
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[key], expected[key]) for key in expected)
@@ -194,7 +228,33 @@ def test_write_back_gives_identical_tensors(name, tmp_path):
 def test_only_the_pooler_of_a_bare_encoder_is_dropped():
     for name in CAUSAL | ENCODERS:
         dropped = load_teacher(original(name), check=False).model.config.origin["dropped"]
-        assert dropped == (["pooler.dense.weight", "pooler.dense.bias"] if name in ("bert", "roberta") else [])
+        assert sorted(dropped) == POOLERS.get(name, [])
+
+
+def test_padding_is_no_neighbour_in_mobilebert():
+    model = original("mobilebert-mlm")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0  # then it is none in the original either
+    teacher = load_teacher(model).model
+    ids_BL, mask_BL = random_rows(model.config, "right")
+    with torch.no_grad():
+        theirs, ours = model(ids_BL, mask_BL).logits, teacher(ids_BL, mask_BL).logits
+        alone = teacher(ids_BL[1:, : int(mask_BL[1].sum())]).logits
+    torch.testing.assert_close(ours[mask_BL.bool()], theirs[mask_BL.bool()], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours[1, : alone.shape[1]], alone[0], atol=1e-5, rtol=0)
+
+
+def test_albert_has_a_block_for_each_group_and_is_written_back_only_so():
+    teacher = load_teacher(original("albert-mlm-groups")).model
+    assert [layer.get("same_as") for layer in teacher.config.layers] == [None, 0, 0, None, 3]
+    assert sum(p.numel() for p in teacher.model.layers.parameters()) == 2 * sum(
+        p.numel() for p in teacher.model.layers[0].parameters()
+    )
+    own = unshare(teacher)
+    with pytest.raises(ConversionError, match=r"layer 1: same_as is not that of the original any more"):
+        write_back(own)
+    student = replace_mixers(own, {1: {"name": "linear_attention", "feature_map": "elu"}})
+    assert student.config.mixer_names == ["attention", "linear_attention", *["attention"] * 3]
 
 
 def test_origin_says_where_a_model_comes_from():

@@ -15,7 +15,7 @@ from zoo.registry import model_config
 B, L, D, LAYERS = 2, 33, 32, 3
 NAMES = {
     **{f"fnet.{theirs}": f"model.{ours}" for theirs, ours in BERT_NAMES.items() if theirs.startswith("e")},
-    "fnet.embeddings.projection": "model.input_projection",
+    "fnet.embeddings.projection": "model.project_in",
     "fourier.output.LayerNorm": "mixer_norm",
     **BERT_NAMES,
     "cls.predictions.transform.dense": "transform.dense",
@@ -38,7 +38,8 @@ def pair():
     )  # fmt: skip
     theirs = shaken(FNetForMaskedLM(config), 0.2).eval()
     layers = {"num_hidden_layers": LAYERS, "ffn": {"hidden_size": 64}}
-    ours = zoo.create_model("fnet-tiny", vocab_size=99, hidden_size=D, max_position_embeddings=40, layers=layers).eval()
+    sizes = {"vocab_size": 99, "hidden_size": D, "embedding_size": D, "max_position_embeddings": 40}
+    ours = zoo.create_model("fnet-tiny", **sizes, layers=layers).eval()
     ours.load_state_dict(renamed(theirs.state_dict(), NAMES))
     return theirs, ours
 

@@ -189,7 +189,7 @@ def test_embeddings_can_be_given_and_resized(name, make, ids_BL):
     out = model(torch.full((1, 3), 299))
     assert out.logits.shape[-1] == 300
     if model.config.tie_word_embeddings:
-        assert model.lm_head.weight is model.get_input_embeddings().weight
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(ids_BL, inputs_embeds=embeds)
     with pytest.raises(ValueError, match="attention_mask must be"):

@@ -115,8 +115,7 @@ def embed(model: Any, tokens_NL: Tensor) -> Tensor:
 
 def before_head(model: Any, x_NLD: Tensor) -> Tensor:
     """What the last linear map reads, (N, L, D), or for a task with one answer a sequence the answer itself, (N, E)."""
-    backbone, task = model.model, model.config.task
-    x_NLD = x_NLD if backbone.norm is None else backbone.norm(x_NLD)
+    task, x_NLD = model.config.task, model.model.finish(x_NLD)
     if task == "causal-lm":
         return x_NLD
     if task == "masked-lm":

@@ -20,20 +20,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from zoo.config import LayerSpec, ModelSpec, ZooConfig
+from zoo.errors import TraitError
 from zoo.ffn.base import ChannelMixer
-from zoo.linear import Linear
+from zoo.linear import Linear, NoNorm
 from zoo.mixers.base import SequenceMixer, State
 from zoo.models.shared import add_earlier_runs, make_layers
 from zoo.models.state import StateLayer, as_state_cache, state_cache
 from zoo.ops.backends import autocast_dtype
+from zoo.ops.neighbours import neighbours
 from zoo.ops.positions import token_positions
 from zoo.registry import ffn_class, mixer_class
 
 
-def make_norm(spec: ModelSpec) -> nn.Module:
-    """The norm a model's config names."""
-    cls = {"rms_norm": nn.RMSNorm, "layer_norm": nn.LayerNorm}[spec.norm]
-    return cls(spec.hidden_size, eps=spec.norm_eps)
+def make_norm(spec: ModelSpec, size: int | None = None) -> nn.Module:
+    """The norm a model's config names, of `hidden_size` channels unless told."""
+    cls: Any = {"rms_norm": nn.RMSNorm, "layer_norm": nn.LayerNorm, "no_norm": NoNorm}[spec.norm]
+    return cls(size or spec.hidden_size, eps=spec.norm_eps)
 
 
 class Block(GradientCheckpointingLayer):
@@ -175,13 +177,16 @@ class ZooModel(ZooPreTrainedModel):
     def __init__(self, config: ZooConfig) -> None:
         super().__init__(config)
         spec = config.spec
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.word_size)
         if spec.positions == "learned":
-            self.embed_positions = nn.Embedding(spec.max_position_embeddings + spec.position_offset, spec.hidden_size)
+            self.embed_positions = nn.Embedding(spec.max_position_embeddings + spec.position_offset, spec.sum_size)
         if spec.token_types:
-            self.embed_token_types = nn.Embedding(spec.token_types, spec.hidden_size)
-        self.embed_norm = make_norm(spec) if spec.embedding_norm else None
-        self.input_projection = Linear(spec.hidden_size, spec.hidden_size) if spec.embedding_projection else None
+            self.embed_token_types = nn.Embedding(spec.token_types, spec.sum_size)
+        self.embed_norm = make_norm(spec, spec.sum_size) if spec.embedding_norm else None
+        self.project_in: nn.Module | None = None
+        if spec.embedding_size is not None:
+            read = spec.embedding_context * spec.embedding_size
+            self.project_in = Linear(read, spec.hidden_size, bias=spec.embedding_projection_bias)
         self.dropout = nn.Dropout(spec.embedding_dropout)
         self.layers: Any = make_layers(spec, make_block)  # whose type forgets the Blocks
         for i in reversed(range(len(self.layers))):  # a block that comes more than once has its first place
@@ -189,6 +194,10 @@ class ZooModel(ZooPreTrainedModel):
                 if isinstance(part, SequenceMixer | ChannelMixer):
                     part.place = (i, len(self.layers))
         self.norm = make_norm(spec) if spec.final_norm else None
+        narrows = spec.embedding_output == "project"
+        self.project_out = Linear(spec.hidden_size, spec.word_size, bias=False) if narrows else None
+        if spec.embedding_context > 1 and self.is_causal:
+            raise TraitError("embedding_context: a token's neighbours are partly later ones; causal layers need 1")
         self.gradient_checkpointing = False
         mixers = [m for m in self.modules() if isinstance(m, SequenceMixer | ChannelMixer)]
         self._keep_in_fp32_modules_strict = {name for m in mixers for name in m.keep_float32}
@@ -239,11 +248,16 @@ class ZooModel(ZooPreTrainedModel):
             x_BLD, state = block(*arguments) if run_block is None else run_block(i, block, *arguments)
             if cache is not None:
                 cache.layers[i].set(state)
-        if self.norm is not None:
-            x_BLD = self.norm(x_BLD)
+        x_BLD = self.finish(x_BLD)
         return BaseModelOutputWithPast(
             last_hidden_state=x_BLD, past_key_values=cache, hidden_states=(*hidden, x_BLD) if keep else None
         )
+
+    def finish(self, x_BLD: Tensor) -> Tensor:
+        """From the last block's output to the final hidden states."""
+        if self.norm is not None:
+            x_BLD = self.norm(x_BLD)
+        return x_BLD if self.project_out is None else self.project_out(x_BLD)
 
     def _cache(self, cache: Cache | None, use_cache: bool | None, segment_ids: Tensor | None) -> Any:
         if use_cache is None:
@@ -286,6 +300,8 @@ class ZooModel(ZooPreTrainedModel):
         cache: Any,
     ) -> Tensor:
         B, L = x_BLD.shape[:2]
+        if self.project_in is not None and self.config.embedding_projection == "words":
+            x_BLD = self.project_in(neighbours(x_BLD, self.config.embedding_context, mask_BL, segments_BL))
         if self.config.positions == "learned":
             seen = cache.layers[-1] if cache is not None else None
             seen_B = seen.state["seen"] if seen is not None and seen.state is not None else None
@@ -305,8 +321,8 @@ class ZooModel(ZooPreTrainedModel):
                 x_BLD = x_BLD + self.embed_token_types(token_type_ids)
         if self.embed_norm is not None:
             x_BLD = self.embed_norm(x_BLD)
-        if self.input_projection is not None:
-            x_BLD = self.input_projection(x_BLD)
+        if self.project_in is not None and self.config.embedding_projection == "sum":
+            x_BLD = self.project_in(x_BLD)
         return self.dropout(x_BLD)
 
     def _state(self, cache: Any, i: int, x_BLD: Tensor) -> State:

@@ -120,9 +120,10 @@ def flops_per_token(model: Any, length: int) -> float | None:
                 except (NotImplementedError, RuntimeError, ConfigError):  # asked for a number, or too long for it
                     return None
             total += known.get(kind, 0.0)
-    for name in ("transform", "lm_head"):
-        if (head := getattr(model, name, None)) is not None:
-            total += sum(2.0 * m.weight.numel() for m in head.modules() if isinstance(m, nn.Linear))
+    ends = [getattr(model, name, None) for name in ("transform", "lm_head")]
+    for end in (model.model.project_in, *ends, model.model.project_out):
+        if end is not None:
+            total += sum(2.0 * m.weight.numel() for m in end.modules() if isinstance(m, nn.Linear))
     return total
 
 

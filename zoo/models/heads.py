@@ -22,24 +22,77 @@ from transformers.modeling_outputs import (
 
 from zoo.config import ModelSpec, ZooConfig
 from zoo.errors import TraitError
-from zoo.linear import Linear
+from zoo.linear import Linear, NoNorm
 from zoo.models.backbone import ZooModel, ZooPreTrainedModel, make_norm
 from zoo.models.early_exit import EarlyExits, ExitOutput
 
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
-class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
-    """Next-token prediction; works with `generate`."""
+class ExtendedHead(nn.Module):
+    """W h with W = [word vectors, extra]: word vectors that have more numbers in the output (MobileBERT)."""
 
+    def __init__(self, words: int, extra: int, vocab_size: int, bias: bool) -> None:
+        super().__init__()
+        self.words: Any = Linear(words, vocab_size, bias=bias)
+        self.extra: Any = Linear(extra, vocab_size, bias=False)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        words, extra = x_BLD.split([self.words.in_features, self.extra.in_features], -1)
+        return self.words(words) + self.extra(extra)
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole map (V, D)."""
+        return torch.cat([self.words.weight, self.extra.weight], 1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(V,), or None."""
+        return self.words.bias
+
+
+class _Vocabulary(ZooPreTrainedModel):
+    """A head with an output for each word, tied to the word vectors where the config says so."""
+
+    lm_head: Any
     _tied_weights_keys = _TIED
+
+    def _make_head(self, spec: ModelSpec) -> nn.Module:
+        if spec.embedding_output != "extend":
+            return Linear(spec.output_size, spec.vocab_size, bias=spec.lm_head_bias)
+        self._tied_weights_keys = {"lm_head.words.weight": "model.embed_tokens.weight"}
+        extra = spec.hidden_size - spec.word_size
+        return ExtendedHead(spec.word_size, extra, spec.vocab_size, bias=spec.lm_head_bias)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The linear map that may be tied to the word vectors."""
+        return self.lm_head.words if isinstance(self.lm_head, ExtendedHead) else self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Exchange the map that `get_output_embeddings` gives."""
+        if isinstance(self.lm_head, ExtendedHead):
+            self.lm_head.words = new_embeddings
+        else:
+            self.lm_head = new_embeddings
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers."""
+        words = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if isinstance(self.lm_head, ExtendedHead):
+            self.lm_head.extra = self._get_resized_lm_head(self.lm_head.extra, words.num_embeddings)
+        return words
+
+
+class ZooForCausalLM(_Vocabulary, GenerationMixin):
+    """Next-token prediction; works with `generate`."""
 
     def __init__(self, config: ZooConfig) -> None:
         super().__init__(config)
         self.model = ZooModel(config)
         if not self.model.is_causal:
             raise TraitError("a causal LM needs causal layers: set causal: true on every mixer, or take task masked-lm")
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = self._make_head(config.spec)
         self.exits = EarlyExits(config.spec) if config.exits else None
         self.post_init()
 
@@ -87,24 +140,24 @@ class MaskedLMTransform(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.dense = Linear(spec.hidden_size, spec.hidden_size)
+        self.dense = Linear(spec.state_size, spec.output_size)
         self.act = ACT2FN[spec.mlm_activation]
-        self.norm = make_norm(spec)
+        # MobileBERT norms here and nowhere else.
+        named = make_norm(spec, spec.output_size)
+        self.norm = nn.LayerNorm(spec.output_size, eps=spec.norm_eps) if isinstance(named, NoNorm) else named
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         return self.norm(self.act(self.dense(x_BLD)))
 
 
-class ZooForMaskedLM(ZooPreTrainedModel):
+class ZooForMaskedLM(_Vocabulary):
     """Prediction of masked tokens by a two-sided encoder."""
-
-    _tied_weights_keys = _TIED
 
     def __init__(self, config: ZooConfig) -> None:
         super().__init__(config)
         self.model = ZooModel(config)
         self.transform = MaskedLMTransform(config.spec) if config.mlm_transform else None
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = self._make_head(config.spec)
         self.post_init()
 
     def forward(
@@ -145,9 +198,10 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
         self.model = ZooModel(config)
-        self.pooler = Linear(config.hidden_size, config.hidden_size) if config.pooler else None
+        size = config.spec.state_size
+        self.pooler = Linear(size, size) if config.pooler else None
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = Linear(config.hidden_size, self.num_labels)
+        self.classifier = Linear(size, self.num_labels)
         self.post_init()
 
     def forward(

@@ -61,7 +61,7 @@ class TeacherAdapter(ABC):
 
     copies: original tensor -> the original tensor that it always equals, and which alone is imported.
     dropped: original modules without a counterpart, whose tensors are left out; `origin["dropped"]` lists them.
-    padding: the side on which a row may be padded so that the original computes the same as without.
+    padding: the side on which a row may be padded so that the original computes the same as without; or "none".
     """
 
     family: ClassVar[str]
@@ -70,7 +70,7 @@ class TeacherAdapter(ABC):
     only: ClassVar[dict[str, tuple[Any, ...]]] = {}
     copies: ClassVar[dict[str, str]] = {}
     dropped: ClassVar[tuple[str, ...]] = ()
-    padding: ClassVar[Literal["left", "right"]] = "left"
+    padding: ClassVar[Literal["left", "right", "none"]] = "left"
 
     @abstractmethod
     def spec(self, config: Any, task: str) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class TeacherAdapter(ABC):
 
     def import_tensors(self, config: Any, architecture: str, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our state dict from the original's. Raises ConversionError for a tensor that has no place here."""
-        modules, ours = self.modules(config, architecture), {}
+        modules, places, ours = self.modules(config, architecture), self.our_layers(config), {}
         for key, tensor in theirs.items():
             if key in self.copies or self.is_dropped(key):
                 continue
@@ -127,6 +127,8 @@ class TeacherAdapter(ABC):
                     "only unmodified models are imported (merge adapters such as LoRA first)"
                 )
             target = as_packed(modules[pattern])
+            if i and int(i) < len(places):
+                i = str(places[int(i)])
             for part, piece in zip(target.parts, target.unpack(tensor), strict=True):
                 ours[f"{part.replace('{i}', i)}.{parameter}"] = piece
         return ours
@@ -136,14 +138,17 @@ class TeacherAdapter(ABC):
         theirs: dict[str, Tensor] = {}
         for name, target in self.modules(config, architecture).items():
             target = as_packed(target)
-            layers = [str(i) for i in range(config.num_hidden_layers)] if "{i}" in name else [""]
-            for i in layers:
+            for i, place in enumerate(self.our_layers(config) if "{i}" in name else [0]):
                 for parameter in ("weight", "bias"):
-                    keys = [f"{part.replace('{i}', i)}.{parameter}" for part in target.parts]
+                    keys = [f"{part.replace('{i}', str(place))}.{parameter}" for part in target.parts]
                     if keys[0] in ours:
-                        theirs[f"{name.replace('{i}', i)}.{parameter}"] = target.pack([ours[k] for k in keys])
+                        theirs[f"{name.replace('{i}', str(i))}.{parameter}"] = target.pack([ours[k] for k in keys])
         theirs.update({key: theirs[same] for key, same in self.copies.items() if same in theirs})
         return theirs
+
+    def our_layers(self, config: Any) -> list[int]:
+        """For each number that "{i}" stands for in the original's names, the layer here that has these weights."""
+        return list(range(config.num_hidden_layers))
 
     def is_dropped(self, key: str) -> bool:
         """Whether an original tensor belongs to a module that is not imported."""

@@ -9,7 +9,7 @@ The pooler of a bare encoder is not part of a sentence embedding; it is left out
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from zoo.errors import ConversionError
 class Encoder(TeacherAdapter):
     """Post-norm, two-sided attention with biases, learned positions, a norm on the embeddings."""
 
-    padding = "right"
+    padding: ClassVar[Literal["right", "none"]] = "right"
     only: ClassVar = {"position_embedding_type": ("absolute",), "is_decoder": (False,), "embedding_size": ()}
 
     def encoder_spec(

@@ -174,10 +174,22 @@ def _from_zoo(model: ZooPreTrainedModel, name: str, task: str | None, tokenizer:
 
 
 def refuse_other_mixers(model: Any, law: str) -> None:
-    """Raise ConversionError that names the layers whose mixer is not `attention`."""
-    others = [f"{i} ({name})" for i, name in enumerate(model.config.mixer_names) if name != "attention"]
+    """Raise ConversionError that names the layers whose mixer is not the original's, which is mostly `attention`."""
+    origin, names = model.config.origin, model.config.mixer_names
+    wanted = ["attention"] * len(names)
+    if "architecture" in origin:
+        wanted = [layer["mixer"]["name"] for layer in original_layers(origin, model.config.task)]
+    pairs = enumerate(zip(names, wanted, strict=True))
+    others = [f"{i} ({name})" for i, (name, meant) in pairs if name != meant]
     if others:
         raise ConversionError(f"{law}, but layers {', '.join(others)} have not")
+
+
+def original_layers(origin: dict[str, Any], task: str) -> list[dict[str, Any]]:
+    """The layers of an imported model as they were when it came."""
+    values = origin["config"]
+    adapter = adapter_for(values["model_type"])
+    return ZooConfig(**{**adapter.spec(AutoConfig.for_model(**values), task), "task": task}).layers
 
 
 @torch.no_grad()
@@ -195,10 +207,12 @@ def write_back(model: ZooPreTrainedModel) -> PreTrainedModel:
     values = dict(origin["config"])
     adapter = adapter_for(values["model_type"])
     config = AutoConfig.for_model(**values)
-    wanted = ZooConfig(**adapter.spec(config, model.config.task)).layers
+    wanted = original_layers(origin, model.config.task)
     for i, (has, needs) in enumerate(zip(model.config.layers, wanted, strict=True)):
         if has != needs:
-            key = next(f"{part}.{k}" for part in ("mixer", "ffn") for k in has[part] if has[part][k] != needs[part][k])
+            parts = [part for part in ("mixer", "ffn") if has[part] is not None]
+            changed = (f"{part}.{k}" for part in parts for k in has[part] if has[part][k] != needs[part][k])
+            key = next(changed, "same_as")
             raise ConversionError(
                 f"layer {i}: {key} is not that of the original any more; {architecture} cannot hold it"
             )

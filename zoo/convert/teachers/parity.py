@@ -23,7 +23,8 @@ LENGTH = 32
 
 
 def check_parity(ours: Any, original: Any, adapter: TeacherAdapter) -> float:
-    """The largest difference of logits (of hidden states, for a bare encoder) on two rows, one of them padded.
+    """The largest difference of logits (of hidden states, for a bare encoder) on two rows, one of them padded where
+    that may be.
 
     Both models are on one device; neither is changed. Raises ConversionError above 1e-4, naming the part of the model
     that deviates first.
@@ -69,7 +70,7 @@ def random_rows(config: Any, padding: str) -> tuple[Tensor, Tensor]:
     mask_BL = torch.ones(2, L, dtype=torch.long)
     if padding == "left":
         mask_BL[1, : L // 4] = 0
-    else:
+    elif padding == "right":
         mask_BL[1, L - L // 4 :] = 0
     if pad is not None:
         ids_BL = ids_BL + (ids_BL >= pad)

@@ -127,7 +127,8 @@ def open_source(where: Place, *, task: str | None, tokenizer: Any) -> Opened:
     task = "sentence-embedding" if fields else task
     architecture = choose_architecture(adapter, config.model_type, config.architectures, task, name)
     # Before gigabytes are read: an option or a size that cannot be expressed ends here.
-    ZooConfig(**adapter.spec(config, adapter.architectures[architecture]))
+    task = adapter.architectures[architecture]
+    ZooConfig(**{**adapter.spec(config, task), "task": task})
     model = load_model(where, adapter, architecture, config)
     if "gguf_file" in where.options:
         _forget_quantization(model)
