@@ -12,7 +12,7 @@ import zoo
 from zoo.config import ModelSpec
 from zoo.errors import ConfigError
 from zoo.models.backbone import Block, make_block
-from zoo.models.depth import RoutedBlock, largest_share, routed_blocks
+from zoo.models.depth import RoutedBlock, add_routers, largest_share, routed_blocks
 from zoo.models.heads import ZooForCausalLM
 
 ATTENTION = {"name": "attention", "num_heads": 2, "head_dim": 8, "rotary": {}}
@@ -224,3 +224,20 @@ def test_which_layers_of_a_pattern_are_routed():
     assert ModelSpec.parse(spec.plain()) == spec
     with pytest.raises(ConfigError, match=r"layers\.depth\.every: must be a number of layers, got 0"):
         ModelSpec.parse({"layers": {**layers, "depth": {"every": 0}}})
+
+
+def test_routers_in_a_pretrained_model(tmp_path):
+    torch.manual_seed(0)
+    dense = zoo.create_model("transformer-tiny").double().eval()
+    ids_BL = torch.randint(1, 256, (2, 16))
+    model = add_routers(dense, every=2, capacity=1.0, predictor=None)
+    assert [type(block) for block in model.model.layers] == [Block, RoutedBlock][: len(dense.model.layers)]
+    for block in routed_blocks(model):
+        assert block.router.bias.item() == 1
+        block.router.weight.data.zero_()
+    torch.testing.assert_close(model(ids_BL).logits, dense(ids_BL).logits, **CLOSE)
+    assert "depth" not in dense.config.layers[1]
+    model.save_pretrained(tmp_path)
+    assert zoo.create_model(str(tmp_path)).config.layers[1]["depth"]["capacity"] == 1.0
+    with pytest.raises(ConfigError, match=r"depth\.bias: a pretrained block needs bias: true"):
+        add_routers(dense, bias=False)

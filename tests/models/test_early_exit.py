@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import zoo
 from zoo.config import ModelSpec
 from zoo.errors import ConfigError
+from zoo.models.early_exit import add_exits
 from zoo.models.heads import ZooForCausalLM
 
 MIXERS = {
@@ -168,3 +169,22 @@ def test_the_last_norm_can_serve_all_heads():
 def test_wrong_options_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         ModelSpec.parse(change)
+
+
+def test_exits_in_a_pretrained_model(tmp_path):
+    torch.manual_seed(0)
+    dense = zoo.create_model("transformer-tiny", initializer_range=0.2).eval()
+    ids_BL = torch.randint(1, 256, (2, 12))
+    model = add_exits(dense, [0], confidence="margin")
+    assert torch.equal(model(ids_BL).logits, dense(ids_BL).logits)
+    assert dense.exits is None
+    assert dense.config.exits is None
+    model.exits.threshold = 0.0
+    x_BLD = dense.model.layers[0](dense.model.embed_tokens(ids_BL), None, None, None)[0]
+    torch.testing.assert_close(model(ids_BL).logits, dense.lm_head(dense.model.norm(x_BLD)))
+    model.save_pretrained(tmp_path)
+    again = zoo.create_model(str(tmp_path)).eval()
+    assert again.config.exits == {"layers": [0], "confidence": "margin", "threshold": None, "own_norms": True}
+    assert torch.equal(again(ids_BL).logits, dense(ids_BL).logits)
+    with pytest.raises(ConfigError, match=r"exits\.layers: the last layer is 1, got 5"):
+        add_exits(dense, [5])

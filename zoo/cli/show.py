@@ -111,7 +111,9 @@ def _layers(model: Any, config: ZooConfig) -> list[dict[str, Any]]:
             {
                 "layers": str(first) if first == last else f"{first}-{last}",
                 "mixer": spec.mixer.name,
-                "options": _options(spec.mixer) + ("" if spec.same_as is None else f" same_as={spec.same_as}"),
+                "options": _options(spec.mixer)
+                + ("" if spec.same_as is None else f" same_as={spec.same_as}")
+                + ("" if spec.depth is None else f" capacity={spec.depth.capacity:g}"),
                 "ffn": "none" if spec.ffn is None else f"{spec.ffn.name} {spec.ffn.hidden_size}",
                 "parameters": 0 if spec.same_as is not None else sum(p.numel() for p in run[0][1][1].parameters()),
             }

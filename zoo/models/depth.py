@@ -17,6 +17,8 @@ the block is the dense one: that is where a pretrained block starts from.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -66,7 +68,7 @@ class RoutedBlock(Block):
             raise ConfigError(
                 f"depth: mixer {self.mixer.name!r} reads what other layers saw, so all tokens must pass it"
             )
-        self.depth: DepthOptions = layer.depth
+        self.depth = layer.depth or DepthOptions()
         self.router = Linear(spec.hidden_size, 1, bias=self.depth.bias)
         self.predictor: nn.Module | None = None
         if self.depth.predictor is not None:
@@ -160,6 +162,35 @@ def largest_share(score_BL: Tensor, capacity: float, mask_BL: Tensor | None, seg
     chosen_BL = torch.zeros_like(runs_BL, dtype=torch.bool)
     chosen_BL = chosen_BL.scatter(1, order_BL, place_BL - take(starts_BR, sorted_BL, 1) < allowed_BL)
     return chosen_BL if mask_BL is None else chosen_BL & mask_BL
+
+
+@torch.no_grad()
+def add_routers(model: Any, *, every: int = 2, **options: Any) -> Any:
+    """A copy of a model in which only some tokens take every `every`-th block; `options` are those of `depth`.
+
+    The blocks keep their weights. The routers start near a weight of one for every token (w at its small random start,
+    b = 1), so that with `capacity` 1.0 the copy is almost the model; with less it needs training. Raises ConfigError
+    for wrong options, and for blocks that tokens cannot pass by.
+    """
+    depth = DepthOptions.parse({"bias": True, **options}, "depth")
+    if not depth.bias:
+        raise ConfigError("depth.bias: a pretrained block needs bias: true, so that its weight can start at one")
+    config = copy.deepcopy(model.config)
+    for layer in config.layers[every - 1 :: every]:
+        layer["depth"] = depth.plain()
+    new = type(model)(config)
+    known = model.state_dict()
+    wrong = [name for name in new.load_state_dict(known, strict=False).missing_keys if not _ROUTING.search(name)]
+    assert not wrong, wrong
+    for block in routed_blocks(new):
+        block.router.bias.fill_(1.0)
+    weight = next(model.parameters())
+    for name, p in new.named_parameters():
+        p.data = p.data.to(weight.device, known[name].dtype if name in known else weight.dtype)
+    return new.train(model.training)
+
+
+_ROUTING = re.compile(r"\.(router|predictor)\.")
 
 
 def routed_blocks(model: Any) -> list[RoutedBlock]:

@@ -17,6 +17,7 @@ nothing at all. A `threshold` of null takes all layers: then the model is the de
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from zoo.config import ExitOptions, ModelSpec
 from zoo.ffn.base import ChannelMixer
 from zoo.mixers.base import State
 from zoo.models.backbone import Block, make_norm
+from zoo.models.shared import set_config
 
 
 @dataclass
@@ -89,6 +91,24 @@ class EarlyExits(nn.Module):
         """The weights of the losses after the chosen layers and at the end."""
         depths = [i + 1 for i in self.options.layers] + [self.depth]
         return [depth / sum(depths) for depth in depths]
+
+
+def add_exits(model: Any, layers: list[int], **options: Any) -> Any:
+    """A copy of a causal language model that tokens may leave after `layers`; `options` are the others of `exits`.
+
+    Each new norm starts as the model's last one. Without a threshold the copy computes what the model computes.
+    """
+    new, config = copy.deepcopy(model), copy.deepcopy(model.config)
+    config.exits = {"layers": layers, **options}
+    config.exits = config.spec.plain()["exits"]
+    new.exits = EarlyExits(config.spec)
+    for norm in new.exits.norms.values():
+        if new.model.norm is not None:
+            norm.load_state_dict(new.model.norm.state_dict())
+    weight = next(model.parameters())
+    new.exits.to(weight.device, weight.dtype).train(model.training)
+    set_config(new, config)
+    return new
 
 
 class ExitPass:

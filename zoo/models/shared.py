@@ -89,10 +89,15 @@ def unshare(model: Any) -> Any:
     config: ZooConfig = copy.deepcopy(model.config)
     for layer in config.layers:
         layer.pop("same_as", None)
-    for module in new.modules():
-        if isinstance(getattr(module, "config", None), ZooConfig):
-            module.config = config
+    set_config(new, config)
     return new
+
+
+def set_config(model: nn.Module, config: ZooConfig) -> None:
+    """Give a model and the models inside it this config."""
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), ZooConfig):
+            module.config = config  # type: ignore[assignment]
 
 
 def add_earlier_runs(ffn: Any, name: str, passed: dict[str, Tensor]) -> None:
