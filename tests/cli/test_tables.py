@@ -115,6 +115,12 @@ def test_products_of_a_recurrence_do_not_grow_with_the_length():
     assert attention["4096"] > 2 * attention["1024"]
 
 
+def test_list_counts_what_show_counts(run):
+    for row in run("list", "--json").json():
+        if row["layers"] < 13:  # the list makes one of equal layers, which are more work to make all
+            assert row["parameters"] == describe(row["name"])["parameters"], row["name"]
+
+
 def test_list_says_what_a_state_costs(run):
     rows = {row["name"]: row for row in run("list", "*-tiny", "--json").json()}
     assert rows["transformer-tiny"]["state"] == {"constant": 0, "per_token": 2 * 2 * 2 * 16 * 4}

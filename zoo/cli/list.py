@@ -93,11 +93,10 @@ def _costs(config: Any) -> dict[str, Any]:
     """Parameters and float32 state of a model, counted on one layer of each kind."""
     from dataclasses import asdict
 
-    from zoo.models.costs import empty_model, parameter_counts, state_size
+    from zoo.models.costs import size_of
 
-    model = empty_model(config)
-    size = state_size(model)
-    return {"parameters": parameter_counts(model)[0], "state": None if size is None else asdict(size)}
+    parameters, state = size_of(config)
+    return {"parameters": parameters, "state": None if state is None else asdict(state)}
 
 
 def _mixers(pattern: str) -> list[dict[str, Any]]:

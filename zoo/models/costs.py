@@ -6,6 +6,7 @@ a formula which the code could contradict. Layers that are equal are built and r
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,24 @@ def empty_model(config: ZooConfig) -> Any:
         model: Any = TASK_CLASSES[config.task](config)
     model.tie_weights()  # which is part of what is left out above
     return model
+
+
+def size_of(config: ZooConfig) -> tuple[int, StateSize | None]:
+    """Parameters and state of the model of a config. Of equal layers one is made, which runs for the others."""
+    layers = [layer.plain() for layer in config.spec.layers]
+    added: list[int] = []
+    if config.task != "image-classification":  # there equal layers may be of different widths
+        first: dict[str, int] = {}
+        for i, layer in enumerate(layers):
+            if layer.get("same_as") is None and first.setdefault(repr(layer), i) != i:
+                added.append(i)
+        for i in added:
+            layers[i] = {**layers[i], "same_as": first[repr(layers[i])]}
+    config = copy.deepcopy(config)
+    config.layers = layers
+    model = empty_model(config)
+    total = parameter_counts(model)[0] + sum(p.numel() for i in added for p in model.model.layers[i].parameters())
+    return total, state_size(model)
 
 
 @torch.no_grad()
