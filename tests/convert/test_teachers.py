@@ -137,6 +137,10 @@ ENCODERS = {
         | {"use_bottleneck_attention": True, "key_query_shared_bottleneck": False, "num_feedforward_networks": 1},
     ),
     "mobilebert-classifier": ("MobileBertForSequenceClassification", MOBILE | {"num_labels": 3}),
+    "mobilebert-classifier-plain": (
+        "MobileBertForSequenceClassification",
+        MOBILE | {"num_labels": 1, "classifier_activation": False},
+    ),
     "mobilebert": ("MobileBertModel", MOBILE),
     "distilbert-mlm": ("DistilBertForMaskedLM", DISTIL),
     "distilbert-classifier": ("DistilBertForSequenceClassification", DISTIL | {"num_labels": 3}),
@@ -229,6 +233,28 @@ def test_only_the_pooler_of_a_bare_encoder_is_dropped():
     for name in CAUSAL | ENCODERS:
         dropped = load_teacher(original(name), check=False).model.config.origin["dropped"]
         assert sorted(dropped) == POOLERS.get(name, [])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["opt", "opt-350m", "albert-mlm", "albert-mlm-groups", "albert-classifier", "mobilebert-mlm", "distilbert-mlm"],
+)
+def test_gradients_are_those_of_the_original(name):
+    model = original(name)
+    ours = load_teacher(model, check=False).model
+    adapter = adapter_for(model.config.model_type)
+    ids_BL, mask_BL = random_rows(model.config, adapter.padding)
+    theirs, found = model(**adapter.inputs(ids_BL, mask_BL)).logits, ours(ids_BL, attention_mask=mask_BL).logits
+    weights = torch.randn(theirs.shape) * (mask_BL[:, :, None] if theirs.dim() == 3 else 1)
+    (theirs * weights).sum().backward()
+    (found * weights).sum().backward()
+    own = {key: p.grad for key, p in ours.named_parameters()}
+    compared = adapter.export_tensors(model.config, type(model).__name__, own)
+    for key, gradient in compared.items():
+        expected = model.get_parameter(key).grad
+        assert (gradient - expected).abs().max() < 1e-4 * expected.abs().max().clamp(min=1e-3), key
+    reached = {id(model.get_parameter(key)) for key in compared}
+    assert all(id(p) in reached for p in model.parameters() if p.grad is not None)
 
 
 def test_padding_is_no_neighbour_in_mobilebert():
