@@ -7,8 +7,10 @@ import torch
 
 import zoo
 from zoo.cli.show import LENGTHS, describe
+from zoo.models.costs import empty_model, parameter_counts, size_of, state_size
 from zoo.models.depth import routed_blocks
 from zoo.models.state import state_bytes
+from zoo.registry import model_config
 
 
 def test_list_shows_names_in_natural_order(run):
@@ -115,10 +117,12 @@ def test_products_of_a_recurrence_do_not_grow_with_the_length():
     assert attention["4096"] > 2 * attention["1024"]
 
 
-def test_list_counts_what_show_counts(run):
-    for row in run("list", "--json").json():
-        if row["layers"] < 13:  # the list makes one of equal layers, which are more work to make all
-            assert row["parameters"] == describe(row["name"])["parameters"], row["name"]
+def test_list_counts_all_of_equal_layers_though_it_makes_one():
+    for name in zoo.list_models("*-tiny"):
+        config = model_config(name)
+        model = empty_model(config)
+        assert size_of(config) == (parameter_counts(model)[0], state_size(model)), name
+    assert size_of(model_config("gpt2-124m"))[0] == 124_439_808
 
 
 def test_list_says_what_a_state_costs(run):
