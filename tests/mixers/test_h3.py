@@ -18,6 +18,7 @@ import zoo
 from zoo.errors import ConfigError, ConversionError, TraitError
 from zoo.mixers.h3 import H3, H3Config
 from zoo.mixers.s4d import S4D, S4DConfig
+from zoo.testing import check_mixer
 
 B, L, D, N = 2, 19, 6, 8
 
@@ -129,6 +130,13 @@ def test_with_open_gates_it_is_the_ssm_of_s4d():
         getattr(mixer, f"{name}_proj").bias.fill_(bias)
     expected = s4d.ssm(x_BLD, None, None, None)[0] + s4d.D * x_BLD
     assert largest_error(mixer(x_BLD)[0], expected) < 1e-10
+
+
+@pytest.mark.parametrize("options", [
+    {"head_dim": 4, "inner_size": 8, "state_dim": 6}, {"discretization": "zoh", "init": "legs", "state_dim": 128},
+], ids=str)  # fmt: skip
+def test_variants_obey_the_laws(options):
+    check_mixer("h3", config=options, seed=2)
 
 
 def test_impossible_options_are_refused():

@@ -29,6 +29,7 @@ from formulas import (
 import zoo
 from zoo.errors import ConfigError, ConversionError, TraitError
 from zoo.mixers.hyena import Hyena, HyenaConfig
+from zoo.testing import check_mixer
 
 B, L, D, T = 2, 20, 6, 32
 SIZES = {"window": T, "filter_size": 5, "filter_features": 7, "frequency": 2.0}
@@ -143,6 +144,14 @@ def test_decoding_keeps_filters_until_a_weight_changes():
     steps(state.clone(), range(12, 13))
     mixer.filter.last_weight.mul_(2)
     assert largest_error(steps(state, range(12, 13))[0], changed[:, 12:13]) < 1e-10
+
+
+@pytest.mark.parametrize("options", [
+    {"order": 3, "filter_layers": 0, "inner_size": 12, "learn_decay": True}, {"window": 1, "conv": 1},
+    {"window": 200, "causal": False, "order": 4, "decay_shift": 0.1},
+], ids=str)  # fmt: skip
+def test_variants_obey_the_laws(options):
+    check_mixer("hyena", config=options, seed=2)
 
 
 def test_impossible_options_are_refused():
