@@ -68,7 +68,8 @@ class RoutedBlock(Block):
             raise ConfigError(
                 f"depth: mixer {self.mixer.name!r} reads what other layers saw, so all tokens must pass it"
             )
-        self.depth = layer.depth or DepthOptions()
+        assert layer.depth is not None
+        self.depth: DepthOptions = layer.depth
         self.router = Linear(spec.hidden_size, 1, bias=self.depth.bias)
         self.predictor: nn.Module | None = None
         if self.depth.predictor is not None:
