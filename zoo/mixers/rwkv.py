@@ -18,7 +18,7 @@ from transformers import initialization as init
 from zoo.linear import Linear
 from zoo.mixers.base import AttentionWeights
 from zoo.mixers.qkv import Inputs, QKVOptions
-from zoo.mixers.recurrent import RecurrentMixer
+from zoo.mixers.recurrent import FeatureMap, RecurrentMixer, feature_map
 from zoo.ops.shift import token_shift
 
 
@@ -26,6 +26,7 @@ class RWKVOptions(QKVOptions):
     """Options of `rwkv6` and `rwkv7`; the defaults are the published blocks.
 
     norm: the norm per head in front of the output gate (mean and variance, as in a group norm), with `norm_eps`.
+    feature_map: of receptances and keys; converted layers have one, the published blocks none.
     """
 
     conv: None = None  # type: ignore[assignment]
@@ -35,6 +36,7 @@ class RWKVOptions(QKVOptions):
     gate: bool = True
     norm: bool = True
     norm_eps: float = Field(64e-5, gt=0, le=1)
+    feature_map: FeatureMap | None = None
 
 
 class RWKVMixer(RecurrentMixer):
@@ -67,6 +69,12 @@ class RWKVMixer(RecurrentMixer):
     def by_head(self, x_BLE: Tensor, size: int) -> Tensor:
         """(B, L, heads * size) -> (B, heads, L, size)."""
         return x_BLE.unflatten(-1, (-1, size)).transpose(1, 2)
+
+    def norm_and_rotate(self, q_BHLK: Tensor, k_BGLK: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """As in the base class, and the feature map behind."""
+        q_BHLK, k_BGLK = super().norm_and_rotate(q_BHLK, k_BGLK, inputs)
+        name = self.config.feature_map
+        return (q_BHLK, k_BGLK) if name is None else (feature_map(name, q_BHLK), feature_map(name, k_BGLK))
 
     def close(self, y_BHLV: Tensor, inputs: Inputs, bonus_BHLV: Tensor | None = None) -> Tensor:
         """The norm per head, what is added behind it, and the output gate; by head again."""
@@ -102,7 +110,8 @@ class RWKVMixer(RecurrentMixer):
 
     @classmethod
     def conversion_defaults(cls, attention: AttentionWeights) -> dict[str, Any]:
-        return {"scale": None if attention.scale == attention.head_dim**-0.5 else attention.scale}
+        # Products of softmax features are about 1 / head_dim: the scale brings them to one, far above the norm's eps.
+        return {"feature_map": "softmax", "scale": float(attention.head_dim)}
 
 
 class NormPerHead(nn.Module):

@@ -8,9 +8,10 @@
 lora_n(z) = B_n tanh(A_n z) of a small rank; the norm is over each head, with weight and bias. The receptance r is what
 attention calls the query. The state is one matrix (K, V) per key/value head and the last input.
 
-Conversion (Goldstein et al. 2025, RADLADS, arXiv 2505.03005): W_r, W_k, W_v, W_o from attention with its heads, biases
-and rotary positions, no shift, every channel with the measured look-back as half-life, bonus 1, gate open, the scale of
-attention's outputs in W_o.
+Conversion (after Goldstein et al. 2025, RADLADS, arXiv 2505.03005): W_r, W_k, W_v, W_o from attention with its heads,
+biases and rotary positions, no shift, every channel with the measured look-back as half-life, bonus 1, gate open, the
+scale of attention's outputs in W_o; softmax features on r and k keep the products positive, as in
+`gated_linear_attention`.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ v' are the values of the model's first RWKV-7 layer at the same token. The norm 
 the receptance r is what attention calls the query. The state is one matrix (K, V) per key/value head and the last
 input.
 
-Conversion (Goldstein et al. 2025, RADLADS, arXiv 2505.03005): W_r, W_k, W_v, W_o from attention with its heads, biases
-and rotary positions, no shift, every channel with the measured look-back as half-life, a = 0.02 and alpha = 0, so that
-keys are written whole and little is removed, no bonus rho, no first values, gate open, the scale of attention's outputs
-in W_o.
+Conversion (after Goldstein et al. 2025, RADLADS, arXiv 2505.03005): W_r, W_k, W_v, W_o from attention with its heads,
+biases and rotary positions, no shift, every channel with the measured look-back as half-life, alpha = 0 and a small a,
+so that keys are written whole and little is removed, no bonus rho, no first values, gate open, the scale of attention's
+outputs in W_o; softmax features on r and k keep the products positive, as in `gated_linear_attention`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from zoo.registry import register_mixer
 
 USES = "rwkvag"
 FASTEST = math.exp(-0.5)  # the strongest log decay of a step
-SMALL_RATE = -4.0  # sigmoid(-4) = 0.02
+SMALL = 0.02  # of what a conversion starts with as next to nothing
 
 
 class RWKV7Config(RWKVOptions):
@@ -167,7 +167,9 @@ class RWKV7(RWKVMixer):
         # The strongest decay has a half-life of 1.14 tokens.
         half_life_G = lookback(attention, stats, c.kv_heads).clamp(min=1.2)
         self.decay_bias.copy_(torch.logit(LN2 / FASTEST / half_life_G).repeat_interleave(c.head_dim))
-        self.a_bias.fill_(SMALL_RATE)
+        # All keys are positive, so whatever is removed is taken from all: a quarter of what fades at most.
+        fades_G = -torch.expm1(-LN2 / half_life_G)
+        self.a_bias.copy_(torch.logit((fades_G / 4).clamp(max=SMALL)).repeat_interleave(c.head_dim))
         self.removal_GK.fill_(1.0)
         self.rate_share_GK.zero_()
         self.bonus_HK.zero_()
@@ -175,4 +177,4 @@ class RWKV7(RWKVMixer):
             self.g_proj.down.weight.zero_()
             self.g_proj.up.weight.fill_(2 / self.g_proj.down.out_features)
         if c.value_residual:
-            self.residual_bias.fill_(SMALL_RATE)
+            self.residual_bias.fill_(math.log(SMALL))
