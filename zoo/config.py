@@ -196,11 +196,13 @@ class ModelSpec(Options):
     hidden_size: int = Field(64, ge=1, le=1 << 17)
     max_position_embeddings: int = Field(2048, ge=1, le=1 << 27)
     layers: list[Any] = Field(default_factory=_default_layers, min_length=1, max_length=MAX_LAYERS)
-    block: Literal["pre_norm", "post_norm", "parallel"] = "pre_norm"
+    block: Literal["pre_norm", "post_norm", "parallel", "reversible"] = "pre_norm"
     norm: Literal["rms_norm", "layer_norm", "no_norm"] = "rms_norm"  # no_norm: a scale and a shift a channel
     norm_eps: float = Field(1e-5, gt=0, le=1)
     final_norm: bool = True
     positions: Literal["none", "learned"] = "none"  # rotary positions are an option of the mixers
+    axial_shape: list[int] = Field(default_factory=list)  # learned positions from one table per axis (models/axial.py)
+    axial_dims: list[int] = Field(default_factory=list)
     position_offset: int = Field(0, ge=0, le=1024)  # RoBERTa's learned positions start at 2
     token_types: int = Field(0, ge=0, le=1024)
     embedding_size: int | None = Field(None, ge=1, le=1 << 17)  # of word vectors; a linear map leads to hidden_size
@@ -264,14 +266,20 @@ class ModelSpec(Options):
         return self.word_size if self.embedding_projection == "sum" else self.hidden_size
 
     @property
+    def stack_size(self) -> int:
+        """Size of what goes through the blocks and the final norm: `hidden_size`, twice where there are two streams."""
+        return self.hidden_size * (2 if self.block == "reversible" else 1)
+
+    @property
     def state_size(self) -> int:
         """Size of the final hidden states, which a head reads."""
-        return self.word_size if self.embedding_output == "project" else self.hidden_size
+        return self.word_size if self.embedding_output == "project" else self.stack_size
 
     @property
     def output_size(self) -> int:
         """Size of the states that meet the vocabulary."""
-        return self.hidden_size if self.embedding_output == "extend" else self.word_size
+        whole = self.embedding_output == "extend" or self.block == "reversible"
+        return self.stack_size if whole else self.word_size
 
     @model_validator(mode="after")
     def _resolve_layers(self) -> Self:

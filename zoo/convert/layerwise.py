@@ -91,6 +91,8 @@ def mixer_swapped(block: Block, mixer: nn.Module) -> Iterator[Block]:
 
 def mixer_input(block: Block, x_NLD: Tensor) -> Tensor:
     """What a block's mixer reads, from the block's input."""
+    if block.order == "reversible":
+        x_NLD = x_NLD.chunk(2, -1)[1]
     return x_NLD if block.order == "post_norm" else block.mixer_norm(x_NLD)
 
 

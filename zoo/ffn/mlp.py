@@ -14,17 +14,19 @@ from transformers.activations import ACT2FN
 
 from zoo.config import FFNOptions
 from zoo.errors import did_you_mean
+from zoo.ffn.chunked import in_chunks
 from zoo.linear import Linear
 from zoo.registry import register_ffn
 
 
 class MLPConfig(FFNOptions):
-    """Options of `mlp`: inner width, activation by transformers' name, biases."""
+    """Options of `mlp`: inner width, activation by transformers' name, biases, positions at a time (None: all)."""
 
     name: Literal["mlp"] = "mlp"
     hidden_size: int = Field(ge=1, le=1 << 20)
     activation: str = "gelu"
     bias: bool = True
+    chunk: int | None = Field(None, ge=1, le=1 << 27)
 
     @field_validator("activation")
     @classmethod
@@ -56,7 +58,7 @@ class MLP(nn.Module):
         self.act = ACT2FN[config.activation]
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.up_proj(x_BLD)))
+        return in_chunks(lambda x: self.down_proj(self.act(self.up_proj(x))), x_BLD, self.config.chunk)
 
 
 @register_ffn("gated_mlp")
@@ -74,4 +76,6 @@ class GatedMLP(nn.Module):
         self.act = ACT2FN[config.activation]
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
+        return in_chunks(
+            lambda x: self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x)), x_BLD, self.config.chunk
+        )

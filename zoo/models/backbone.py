@@ -3,6 +3,7 @@
 pre_norm:   x = x + mixer(norm(x));  x = x + ffn(norm(x))              Llama, GPT-2, Mamba
 post_norm:  x = norm(x + mixer(x));  x = norm(x + ffn(x))              BERT
 parallel:   x = x + mixer(norm_1(x)) + ffn(norm_2(x))                  GPT-NeoX
+reversible: a = a + mixer(norm(b));  b = b + ffn(norm(a))              Reformer; x is both streams beside each other
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from zoo.errors import TraitError
 from zoo.ffn.base import ChannelMixer
 from zoo.linear import Linear, NoNorm
 from zoo.mixers.base import SequenceMixer, State
+from zoo.models.axial import axial_positions
+from zoo.models.reversible import can_recompute, check_reversible, reversible_stack
 from zoo.models.shared import add_earlier_runs, make_layers
 from zoo.models.state import StateLayer, as_state_cache, state_cache
 from zoo.ops.backends import autocast_dtype
@@ -88,6 +91,12 @@ class Block(GradientCheckpointingLayer):
                 return x_BLD, state
             y_BLD, state = feed(x_BLD, state)
             return self.ffn_norm(x_BLD + y_BLD), state
+        if self.order == "reversible":
+            a_BLD, b_BLD = x_BLD.chunk(2, -1)
+            y_BLD, state = mix(self.mixer_norm(b_BLD))
+            a_BLD = a_BLD + y_BLD
+            z_BLD, state = feed(self.ffn_norm(a_BLD), state)  # type: ignore[misc]
+            return torch.cat([a_BLD, b_BLD + z_BLD], -1), state
         y_BLD, state = mix(self.mixer_norm(x_BLD))
         if self.ffn is None or self.ffn_norm is None:
             return x_BLD + y_BLD, state
@@ -177,8 +186,11 @@ class ZooModel(ZooPreTrainedModel):
     def __init__(self, config: ZooConfig) -> None:
         super().__init__(config)
         spec = config.spec
+        check_reversible(spec)
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.word_size)
-        if spec.positions == "learned":
+        if spec.axial_shape or spec.axial_dims:
+            self.embed_positions: nn.Module = axial_positions(spec)
+        elif spec.positions == "learned":
             self.embed_positions = nn.Embedding(spec.max_position_embeddings + spec.position_offset, spec.sum_size)
         if spec.token_types:
             self.embed_token_types = nn.Embedding(spec.token_types, spec.sum_size)
@@ -193,7 +205,7 @@ class ZooModel(ZooPreTrainedModel):
             for part in self.layers[i].modules():
                 if isinstance(part, SequenceMixer | ChannelMixer):
                     part.place = (i, len(self.layers))
-        self.norm = make_norm(spec) if spec.final_norm else None
+        self.norm = make_norm(spec, spec.stack_size) if spec.final_norm else None
         narrows = spec.embedding_output == "project"
         self.project_out = Linear(spec.hidden_size, spec.word_size, bias=False) if narrows else None
         if spec.embedding_context > 1 and self.is_causal:
@@ -217,7 +229,7 @@ class ZooModel(ZooPreTrainedModel):
         run_block: Callable[..., tuple[Tensor, State | None]] | None = None,
         **unused: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states (B, L, D) after the final norm.
+        """Hidden states (B, L, D), (B, L, 2 D) with reversible blocks, after the final norm.
 
         Args:
             input_ids: (B, L) token ids; or `inputs_embeds` (B, L, D).
@@ -238,9 +250,12 @@ class ZooModel(ZooPreTrainedModel):
         mask_BL = self._mask(attention_mask, x_BLD.shape[1])
         x_BLD = self._embed(x_BLD, mask_BL, token_type_ids, segment_ids, cache)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden = []
+        hidden, layers = [], self.layers
         shared: dict[str, Tensor] = {}
-        for i, block in enumerate(self.layers):
+        recompute = self.training and torch.is_grad_enabled() and cache is None and not keep and run_block is None
+        if recompute and not torch.compiler.is_compiling() and can_recompute(self.layers):
+            layers, x_BLD = [], reversible_stack(self.layers, x_BLD, mask_BL, segment_ids)
+        for i, block in enumerate(layers):
             if keep:
                 hidden.append(x_BLD)
             state = None if cache is None else self._state(cache, i, x_BLD)
@@ -323,7 +338,8 @@ class ZooModel(ZooPreTrainedModel):
             x_BLD = self.embed_norm(x_BLD)
         if self.project_in is not None and self.config.embedding_projection == "sum":
             x_BLD = self.project_in(x_BLD)
-        return self.dropout(x_BLD)
+        x_BLD = self.dropout(x_BLD)
+        return torch.cat([x_BLD, x_BLD], -1) if self.config.block == "reversible" else x_BLD
 
     def _state(self, cache: Any, i: int, x_BLD: Tensor) -> State:
         layer: StateLayer = cache.layers[i]

@@ -20,6 +20,7 @@ from zoo.config import ZooConfig
 from zoo.errors import ConfigError
 from zoo.ffn.base import ChannelMixer
 from zoo.mixers.base import SequenceMixer
+from zoo.models.axial import AxialPositions
 from zoo.models.heads import TASK_CLASSES
 
 
@@ -158,7 +159,8 @@ def _products(part: Any, length: int, width: int) -> float:
 
 def parameter_counts(model: Any) -> tuple[int, int]:
     """All parameters, tied and shared ones once, and those that are not embeddings or an untied vocabulary."""
-    embeddings = sum(p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+    kinds = (nn.Embedding, AxialPositions)
+    embeddings = sum(p.numel() for m in model.modules() if isinstance(m, kinds) for p in m.parameters())
     head = getattr(model, "lm_head", None)
     if head is not None and not model.config.tie_word_embeddings:
         embeddings += head.weight.numel()

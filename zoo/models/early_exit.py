@@ -53,7 +53,7 @@ class EarlyExits(nn.Module):
         self.options: ExitOptions = spec.exits
         self.depth = len(spec.layers)
         self.threshold = self.options.threshold
-        own = {str(i): make_norm(spec) for i in self.options.layers} if self.options.own_norms else {}
+        own = {str(i): make_norm(spec, spec.stack_size) for i in self.options.layers} if self.options.own_norms else {}
         self.norms = nn.ModuleDict(own)
         self.reset()
 
