@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -163,6 +163,12 @@ class Case:
         self.x_BLD = torch.randn(2, self.length, self.width, dtype=torch.double, generator=self.generator)
         self.causal = getattr(self.config, "causal", self.cls.traits.causal)
         self.has_state = self.causal and self.cls.traits.state != "none"
+
+    def within_chunk(self) -> Case:
+        """The same case, as long as splits and causality are promised for."""
+        if self.cls.traits.splits == "anywhere":
+            return self
+        return replace(self, length=min(self.length, self.config.chunk))  # type: ignore[attr-defined]
 
     def demand(self, holds: bool, otherwise: str) -> None:
         """Raise AssertionError, naming the law and the config, unless `holds`."""

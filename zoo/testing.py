@@ -62,8 +62,11 @@ def check_mixer(
 
 
 def check_split(mixer: MixerLike, *, config: ConfigLike = None, width: int = 16, seed: int = 0) -> None:
-    """Law 1: a sequence cut anywhere, also into single steps, gives the same with the state carried."""
-    case = Case("split", mixer, config, width, seed)
+    """Law 1: a sequence cut anywhere, also into single steps, gives the same with the state carried.
+
+    Where `traits.splits` is "within_chunk", sequences of at most `config.chunk` tokens.
+    """
+    case = Case("split", mixer, config, width, seed).within_chunk()
     if not case.has_state:
         return
     mask_BL = case.random_mask()
@@ -102,7 +105,7 @@ def check_mask(mixer: MixerLike, *, config: ConfigLike = None, width: int = 16, 
         for b in range(2):
             alone, _ = case.run(case.x_BLD[b : b + 1, mask_BL[b]])
             case.close(padded[b : b + 1, mask_BL[b]], alone, f"{kind} padding, filled with NaN, in row {b}")
-        if not case.has_state:
+        if not case.has_state or case.cls.traits.splits != "anywhere":
             continue
         after = torch.full_like(mask_BL[:, :3], True)
         _, state = case.run(x_BLD, mask_BL=mask_BL, state=case.fresh())
@@ -146,8 +149,11 @@ def check_packing(mixer: MixerLike, *, config: ConfigLike = None, width: int = 1
 
 
 def check_causality(mixer: MixerLike, *, config: ConfigLike = None, width: int = 16, seed: int = 0) -> None:
-    """Law 4: in the causal form no output depends on a later input; in the two-sided form outputs do."""
-    case = Case("causality", mixer, config, width, seed)
+    """Law 4: in the causal form no output depends on a later input; in the two-sided form outputs do.
+
+    Where `traits.splits` is "within_chunk", sequences of at most `config.chunk` tokens.
+    """
+    case = Case("causality", mixer, config, width, seed).within_chunk()
     for cut in (1, case.length // 3, 64, case.length - 1):
         changed = case.x_BLD.clone()
         changed[:, cut:] = 3 * torch.randn(changed[:, cut:].shape, dtype=changed.dtype, generator=case.generator)
@@ -259,7 +265,7 @@ def check_modules(mixer: MixerLike, *, config: ConfigLike = None, width: int = 1
         handle.remove()
     missed = sorted(set(linears) - called)
     case.demand(not missed, f"linear layer {missed[0] if missed else ''} is used without being called")
-    other = case.cls(case.config, width).double()
+    other = case.cls(case.config, width).double().eval()
     other.load_state_dict(case.module.state_dict())
     case.close(other(case.x_BLD)[0], before, "a second module with the same state_dict")
     with case.as_type(torch.bfloat16):

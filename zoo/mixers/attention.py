@@ -91,13 +91,17 @@ class Attention(QKVMixer):
         )
 
 
-def append(state: State, k_BGLK: Tensor, v_BGLV: Tensor, mask_BL: Tensor | None) -> dict[str, Tensor]:
+def append(
+    state: State, k_BGLK: Tensor, v_BGLV: Tensor, mask_BL: Tensor | None, more: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The keys, values and validity of all positions so far, in buffers that grow by an eighth at a time.
+
+    `more`: further tensors (B, G, L, ...) that are kept for every position.
 
     Decoding writes one position in place instead of copying the whole cache; with gradients the pieces are joined.
     A validity mask exists only once some position was masked.
     """
-    new = {"k": (k_BGLK, 2), "v": (v_BGLV, 2)}
+    new = {"k": (k_BGLK, 2), "v": (v_BGLV, 2), **{name: (x, 2) for name, x in (more or {}).items()}}
     tensors = dict(state.tensors)
     start, end = state.length, state.length + k_BGLK.shape[2]
     if mask_BL is not None or "mask" in state:

@@ -27,13 +27,16 @@ class Traits:
     """What an architecture can do.
 
     causal, bidirectional: which of the two forms exist. state: "constant" (does not grow), "window" (grows to a bound)
-    or "grows" (with the length). exact: the conversion from attention is exact for every input.
+    or "grows" (with the length). exact: the conversion from attention is exact for every input. splits: a sequence cut
+    "anywhere" gives the same with the state carried, and in the causal form no output depends on a later input; or that
+    holds up to `config.chunk` tokens only ("within_chunk"), for who sees whom depends on the whole sequence.
     """
 
     causal: bool = True
     bidirectional: bool = False
     state: Literal["constant", "window", "grows", "none"] = "constant"
     exact: bool = False
+    splits: Literal["anywhere", "within_chunk"] = "anywhere"
 
 
 @dataclass

@@ -1,0 +1,218 @@
+"""Attention among positions with similar vectors, found by locality-sensitive hashing (Kitaev et al. 2020,
+arXiv:2001.04451, sections 2 and A).
+
+Queries and keys are one vector per position; keys are normalised to root mean square 1. A hash round sends every
+vector to a bucket by its angle (Andoni et al. 2015, arXiv:1509.02897): argmax of [x R; -x R] for a random R. Positions
+are sorted by bucket, then by place, and cut into chunks of C; a chunk sees itself and its neighbours. All rounds stand
+in one ring of chunks: the first chunk of a round looks back at the last of the round before, as in the authors' code.
+A query meets itself only where it meets nobody else. Rounds are combined by the log-sum-exp of their scores, so a key
+that is met in several rounds counts several times, as in the published models (the paper's formula divides by that).
+
+Shapes: B batch, H heads, L positions, K and V head sizes, R hash rounds, N chunks of C positions a round, X = B * H
+heads of the whole batch, J positions that a chunk sees, S positions so far (decoding).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.errors import ConfigError
+from zoo.ops.backends import no_autocast
+from zoo.ops.padding import invert, take
+
+ITSELF = -1e5  # the score of a position with itself: of no weight as soon as there is another one
+_BEHIND = 1 << 62  # sorts behind every bucket
+_SORTED_AT_ONCE = 1 << 22  # numbers that `lsh_decode` sorts in one go
+
+
+def unit_rms(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """`x` with root mean square 1 along the last dimension: the keys of shared query-key vectors."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def hash_buckets(x_BHLK: Tensor, rotations_HKRM: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Buckets of the vectors in each round: int64 (B, H, L, R), from 0 up to the product of `sizes`.
+
+    sizes: even numbers whose halves add up to M. With several, the bucket is a number with these digits, the first one
+    the lowest; so many buckets take few random directions.
+    """
+    rotations = rotations_HKRM.to(torch.promote_types(x_BHLK.dtype, torch.float32))
+    with no_autocast(x_BHLK):
+        turned_BHLRM = torch.einsum("bhlk,hkrm->bhlrm", x_BHLK.detach().to(rotations.dtype), rotations)
+    bucket, base = torch.zeros_like(turned_BHLRM[..., 0], dtype=torch.long), 1
+    for part in turned_BHLRM.split([size // 2 for size in sizes], -1):
+        bucket = bucket + base * torch.cat([part, -part], -1).argmax(-1)
+        base *= 2 * part.shape[-1]
+    return bucket
+
+
+def lsh_attention(
+    x_BHLK: Tensor,
+    v_BHLV: Tensor,
+    buckets_BHLR: Tensor,
+    *,
+    chunk: int,
+    before: int = 1,
+    after: int = 0,
+    causal: bool = True,
+    scale: float | None = None,
+    across_buckets: bool = True,
+    length_B: Tensor | None = None,
+) -> Tensor:
+    """Attention in sorted chunks; returns y_BHLV.
+
+    x_BHLK: the shared query-key vectors.
+    buckets_BHLR: from `hash_buckets`.
+    chunk, before, after: C, and how many chunks a chunk sees to either side.
+    causal: a query sees nothing later. Which earlier positions it meets still depends on later ones, for they shift
+        the borders of chunks.
+    scale: of the scores; K ** -0.5 by default.
+    across_buckets: positions in one chunk see each other whatever their buckets (the published models).
+    length_B: real tokens of each row, which stand first; what is behind them must be finite and returns 0. A row gives
+        what it gives alone.
+
+    Sums are in float32 at least. Raises ConfigError where shapes do not fit.
+    """
+    _check(x_BHLK, v_BHLV, buckets_BHLR)
+    (b, h, length, k), r, dtype = x_BHLK.shape, buckets_BHLR.shape[-1], v_BHLV.dtype
+    n = -(-length // chunk)
+    T = n * chunk
+    high = torch.promote_types(x_BHLK.dtype, torch.float32)
+    x, v = (F.pad(y.flatten(0, 1).to(high), (0, 0, 0, T - length)) for y in (x_BHLK, v_BHLV))
+    ends_X = torch.full((b * h,), length, device=x.device) if length_B is None else length_B.repeat_interleave(h)
+    buckets_XRT = F.pad(buckets_BHLR.flatten(0, 1).long().mT, (0, T - length))
+    order_XRT = _sort(buckets_XRT, torch.arange(T, device=x.device) < ends_X[:, None, None])
+    own_XNC = order_XRT.flatten(1).unflatten(1, (r * n, chunk))
+    look_XNJ = _ring(ends_X, n, r, chunk, before, after)
+    seen_XNJ = take(own_XNC, look_XNJ.flatten(1), 1).view(b * h, r * n, -1)
+    with no_autocast(x):
+        visible = (seen_XNJ < ends_X[:, None, None])[:, :, None]
+        if causal:
+            visible = visible & (seen_XNJ[:, :, None] <= own_XNC[..., None])
+        if not across_buckets:
+            numbered_XRT = buckets_XRT.gather(2, order_XRT) * r + torch.arange(r, device=x.device)[:, None]
+            sorted_XNC = numbered_XRT.view(b * h, r * n, chunk)
+            other_XNJ = take(sorted_XNC, look_XNJ.flatten(1), 1).view(b * h, r * n, -1)
+            visible = visible & (sorted_XNC[..., None] == other_XNJ[:, :, None])
+        keys, values = (take(y, seen_XNJ.flatten(1), 1).unflatten(1, (r * n, -1)) for y in (unit_rms(x), v))
+        queries = take(x, own_XNC.flatten(1), 1).unflatten(1, (r * n, chunk))
+        itself = own_XNC[..., None] == seen_XNJ[:, :, None]
+        y_XNCV, total_XNC = _attend(queries, keys, values, k**-0.5 if scale is None else scale, visible, itself)
+        back_XT = (invert(order_XRT) + T * torch.arange(r, device=x.device)[:, None]).flatten(1)
+        y_XRTV = take(y_XNCV.flatten(1, 2), back_XT, 1).unflatten(1, (r, T))
+        if r > 1:
+            total_XRT = total_XNC.flatten(1).gather(1, back_XT).unflatten(1, (r, T))
+            y_XRTV = y_XRTV * total_XRT.softmax(1)[..., None]
+        y_XLV = y_XRTV.sum(1)[:, :length]
+        if length_B is not None:
+            y_XLV = y_XLV.masked_fill((torch.arange(length, device=x.device) >= ends_X[:, None])[..., None], 0)
+    return y_XLV.unflatten(0, (b, h)).to(dtype)
+
+
+def lsh_decode(
+    x_BHLK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSV: Tensor,
+    buckets_BHSR: Tensor,
+    *,
+    chunk: int,
+    before: int = 1,
+    scale: float | None = None,
+    across_buckets: bool = True,
+    mask_BS: Tensor | None = None,
+) -> Tensor:
+    """The last L of S positions, each as if it came alone after those before it; returns y_BHLV.
+
+    For a new position all positions so far are sorted; it sees the chunk in which it comes to stand, and `before`
+    chunks before it, in a ring of the sequence so far and with whole chunks, as transformers decodes: near the ends of
+    the ring a key may come twice. Up to `chunk` positions it sees every one, once.
+
+    x_BHLK: the shared vectors of the new positions. k_BHSK, v_BHSV, buckets_BHSR: normalised keys, values and buckets
+        of all positions. mask_BS: False positions are not there, whatever they hold as long as it is finite.
+    """
+    B, H, L = x_BHLK.shape[:3]
+    S, R = buckets_BHSR.shape[2:]
+    _check(k_BHSK, v_BHSV, buckets_BHSR)
+    if S < L:
+        raise ConfigError(f"{L} new positions but {S} in all: the new ones are the last of them")
+    step = max(1, _SORTED_AT_ONCE // (B * H * R * S))
+    scale = x_BHLK.shape[-1] ** -0.5 if scale is None else scale
+    parts = []
+    for start in range(0, L, step):
+        at_L = torch.arange(S - L + start, S - L + min(start + step, L), device=x_BHLK.device)
+        seen, exists = _seen_in_decoding(buckets_BHSR, at_L, mask_BS, chunk, before, across_buckets)
+        x = x_BHLK[:, :, start : start + step]
+        parts.append(_decode_part(x, k_BHSK, v_BHSV, seen, exists, at_L, scale))
+    y_BHLV = torch.cat(parts, 2)
+    return y_BHLV if mask_BS is None else y_BHLV.masked_fill(~mask_BS[:, None, S - L :, None], 0)
+
+
+def _seen_in_decoding(
+    buckets_BHSR: Tensor, at_L: Tensor, mask_BS: Tensor | None, chunk: int, before: int, across_buckets: bool
+) -> tuple[Tensor, Tensor]:
+    """The positions that position `at` meets when it comes, and which of them count: (B, H, L, R, J)."""
+    S, R = buckets_BHSR.shape[2:]
+    there_BLS = (torch.arange(S, device=at_L.device) <= at_L[:, None])[None]
+    if mask_BS is not None:
+        there_BLS = there_BLS & mask_BS[:, None]
+    buckets_BHLRS = buckets_BHSR.long().mT[:, :, None].expand(-1, -1, len(at_L), -1, -1)
+    order = _sort(buckets_BHLRS, there_BLS[:, None, :, None])
+    rank = (order == at_L[:, None, None]).to(torch.uint8).argmax(-1)
+    count = there_BLS.sum(-1).clamp(min=1)[:, None, :, None, None]
+    places_J = torch.arange((before + 1) * chunk if chunk < S else S, device=at_L.device)
+    ring = ((rank // chunk - before) * chunk)[..., None] + places_J
+    few = count <= chunk
+    seen = order.gather(-1, torch.where(few, places_J.clamp(max=S - 1), ring % count).expand(*order.shape[:-1], -1))
+    exists = ~few | (places_J < count)
+    if not across_buckets:
+        own = buckets_BHLRS.gather(-1, at_L[:, None, None].expand(*order.shape[:2], -1, R, 1))
+        exists = exists & (buckets_BHLRS.gather(-1, seen) == own)
+    return seen, exists.expand_as(seen)
+
+
+def _decode_part(x_BHLK, k_BHSK, v_BHSV, seen: Tensor, exists: Tensor, at_L: Tensor, scale: float) -> Tensor:
+    (b, h, length, _), dtype = x_BHLK.shape, v_BHSV.dtype
+    high = torch.promote_types(x_BHLK.dtype, torch.float32)
+    index_XJ, visible = seen.flatten(0, 1).flatten(1), exists.flatten(0, 1).flatten(2)[:, :, None]
+    with no_autocast(x_BHLK):
+        keys, values = (
+            take(y.flatten(0, 1), index_XJ, 1).unflatten(1, (length, -1)).to(high) for y in (k_BHSK, v_BHSV)
+        )
+        itself = seen.flatten(0, 1).flatten(2)[:, :, None] == at_L[:, None, None]
+        y, _ = _attend(x_BHLK.flatten(0, 1)[:, :, None].to(high), keys, values, scale, visible, itself)
+    return y[:, :, 0].unflatten(0, (b, h)).to(dtype)
+
+
+def _attend(q, k, v, scale: float, visible: Tensor, itself: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted values (..., C, V) and the log-sum-exp of the scores (..., C); finite also where nothing is visible."""
+    scores = ((scale * q) @ k.mT).masked_fill(itself, ITSELF).masked_fill(~visible, torch.finfo(q.dtype).min / 2)
+    # Not exp(scores - total): beside ITSELF a float32 total has but two decimals.
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def _sort(buckets: Tensor, real: Tensor) -> Tensor:
+    """Places along the last dimension by bucket, then by place; what is not real comes last."""
+    T = buckets.shape[-1]
+    places_T = torch.arange(T, device=buckets.device)
+    return torch.where(real, buckets * T + places_T, _BEHIND + places_T).argsort(-1)
+
+
+def _ring(ends_X: Tensor, n: int, rounds: int, chunk: int, before: int, after: int) -> Tensor:
+    """For each of the R * N chunks those that it looks at, (X, R * N, J); a row has only as many as it needs."""
+    own_X11 = (-(-ends_X // chunk)).clamp(min=1)[:, None, None]
+    round_N1 = torch.arange(rounds, device=ends_X.device).repeat_interleave(n)[:, None]
+    chunk_N1 = torch.arange(n, device=ends_X.device).repeat(rounds)[:, None]
+    place = round_N1 * own_X11 + chunk_N1 + torch.arange(-before, after + 1, device=ends_X.device)
+    place = place % (rounds * own_X11)
+    return place // own_X11 * n + place % own_X11
+
+
+def _check(x_BHLK: Tensor, v_BHLV: Tensor, buckets_BHLR: Tensor) -> None:
+    shapes = [tuple(t.shape) for t in (x_BHLK, v_BHLV, buckets_BHLR)]
+    if any(len(shape) != 4 or shape[:3] != shapes[0][:3] for shape in shapes):
+        raise ConfigError(
+            f"vectors {shapes[0]}, values {shapes[1]} and buckets {shapes[2]} do not fit together; "
+            "they are (B, H, L, K), (B, H, L, V) and (B, H, L, R)"
+        )
