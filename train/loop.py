@@ -61,9 +61,15 @@ def run_stages(run: Run) -> None:
 
 @torch.no_grad()
 def _load_parameters(student: Any, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(student.named_parameters())
+    ours = {**dict(student.named_parameters()), **saved_buffers(student)}
     for name, t in tensors.items():
-        _copy(parameters[name], t)
+        _copy(ours[name], t)
+
+
+def saved_buffers(student: Any) -> dict[str, Tensor]:
+    """The buffers that are saved with a model's weights: training may change them (biases that balance experts)."""
+    kept = student.state_dict().keys()
+    return {name: t for name, t in student.named_buffers() if name in kept}
 
 
 def _whole(t: Tensor) -> Tensor:
@@ -237,6 +243,7 @@ class StageLoop:
             self._give_up(batch, guide, place)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.student.model.after_step()
         self._update_ema()
         state.step, state.stage_steps = state.step + 1, state.stage_steps + 1
         # Full rows need not be counted; a step of padded ones has at most `step_tokens`.
@@ -325,6 +332,7 @@ class StageLoop:
             score = self.watch.mean
         parameters = dict(self.student.named_parameters())
         model = {name: _whole(parameters[name]) for name in run.touched}
+        model |= {name: _whole(t) for name, t in saved_buffers(self.student).items()}
         randoms = gather_object([random_states()])
         state.data, state.watch = data, asdict(self.watch)
         values = {**asdict(state), "touched": run.touched, "random": randoms}
@@ -384,6 +392,8 @@ class StageLoop:
             whole = dict(self.run_.student.named_parameters())
             for name, p in self.trained.items():
                 whole[name].data.copy_(_whole(p))
+            for name, t in saved_buffers(self.run_.student).items():
+                t.copy_(_whole(saved_buffers(self.student)[name]))
         self._tick()
         record = {
             "kind": self.stage.kind,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, did_you_mean
+from zoo.ffn.base import ChannelMixer
 from zoo.models.backbone import ZooModel, ZooPreTrainedModel
 from zoo.models.heads import pool
 from zoo.train.data import Batch
@@ -249,6 +250,9 @@ class Objective(nn.Module):
         super().__init__()
         self.student = student
         self.stage, self.converted = stage, converted
+        for module in student.modules():
+            if isinstance(module, ChannelMixer):
+                module.auxiliary_loss = None  # of an earlier stage; a layer that is shared with the teacher never runs
         self.device_type = next(student.parameters()).device.type
         self._teacher = (teacher,)  # in a tuple: not a submodule, so nobody wraps, moves or saves it
         weights = stage.weights

@@ -9,7 +9,7 @@
       num_hidden_layers: 30
       mixers: {sliding_window: {window: 64}}      # options by mixer name
       defaults: {num_heads: 9, num_kv_heads: 3, head_dim: 64}    # options every mixer of the pattern gets
-      ffn: {name: gated_mlp, hidden_size: 1536}
+      ffn: {name: gated_mlp, hidden_size: 1536}       # or ffn_pattern: "gated_mlp moe*29", ffns: {moe: {...}, ...}
 
 A label after a name, "attention@a", makes all layers with that label share one set of weights (`same_as` in a list).
 
@@ -312,6 +312,8 @@ class Pattern(Options):
     defaults: dict[str, Any] = Field(default_factory=dict)
     ffn: dict[str, Any] | None = None
     depth: dict[str, Any] | None = None  # options of blocks that only some tokens take, and `every`: how many layers
+    ffn_pattern: str | None = None  # with several channel mixers: "gated_mlp moe*27", and `ffns` in place of `ffn`
+    ffns: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -320,30 +322,26 @@ def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
     Layers with the same label share their weights: with "a*2 b@x" every b has those of the first b.
     """
     pattern = Pattern.parse(values, "layers")
-    words: list[tuple[str, str | None]] = []
-    for word in re.split(r"[\s,]+", pattern.pattern.strip()):
-        match = re.fullmatch(r"([A-Za-z_][\w-]*)(?:@(\w+))?(?:\*(\d{1,4}))?", word)
-        if not match:
-            raise ConfigError(
-                f"layers.pattern: cannot read {word!r}; write names with repeats, such as 'mamba2*3 attention'"
-            )
-        words += [(match[1], match[2])] * int(match[3] or 1)
-    if not words:
-        raise ConfigError("layers.pattern: no layer in it")
-    names = {name for name, _ in words}
-    if unused := set(pattern.mixers) - names:
-        raise ConfigError(f"layers.mixers.{min(unused)}: not in the pattern{did_you_mean(min(unused), names)}")
+    words, count = _words(pattern.pattern, "pattern", pattern.mixers, "mixers"), pattern.num_hidden_layers
+    ffns: list[dict[str, Any] | None] = [pattern.ffn]
+    if pattern.ffn_pattern is not None:
+        if pattern.ffn is not None:
+            raise ConfigError("layers.ffn: with ffn_pattern, options of channel mixers stand in ffns, by name")
+        names = _words(pattern.ffn_pattern, "ffn_pattern", pattern.ffns, "ffns")
+        ffns = [{"name": name, **pattern.ffns.get(name, {})} for name, _ in names]
+    elif pattern.ffns:
+        raise ConfigError("layers.ffns: without ffn_pattern, there is one channel mixer for all layers: ffn")
     depth = {"every": 2, **(pattern.depth or {})}
     if not isinstance(every := depth.pop("every"), int) or not 1 <= every <= MAX_LAYERS:
         raise ConfigError(f"layers.depth.every: must be a number of layers, got {every!r}")
     layers: list[dict[str, Any]] = []
     first: dict[str, int] = {}
-    for i in range(pattern.num_hidden_layers):
-        name, label = words[i % len(words)]
+    for i in range(count):
+        (name, label), ffn = words[i % len(words)], ffns[i % len(ffns)]
         layers.append(
             {
                 "mixer": {"name": name, **pattern.defaults, **pattern.mixers.get(name, {})},
-                "ffn": None if pattern.ffn is None else dict(pattern.ffn),
+                "ffn": None if ffn is None else dict(ffn),
             }
         )
         if pattern.depth is not None and i % every == every - 1:
@@ -351,6 +349,24 @@ def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
         if label is not None and first.setdefault(label, i) != i:
             layers[i]["same_as"] = first[label]
     return layers
+
+
+def _words(pattern: str, key: str, options: dict[str, Any], options_key: str) -> list[tuple[str, str | None]]:
+    """The names of a pattern with their labels, repeats written out; `options` may only be of names that are in it."""
+    words: list[tuple[str, str | None]] = []
+    for word in re.split(r"[\s,]+", pattern.strip()):
+        match = re.fullmatch(r"([A-Za-z_][\w-]*)(?:@(\w+))?(?:\*(\d{1,4}))?", word)
+        if not match:
+            raise ConfigError(
+                f"layers.{key}: cannot read {word!r}; write names with repeats, such as 'mamba2*3 attention'"
+            )
+        words += [(match[1], match[2])] * int(match[3] or 1)
+    if not words:
+        raise ConfigError(f"layers.{key}: no layer in it")
+    names = {name for name, _ in words}
+    if unused := set(options) - names:
+        raise ConfigError(f"layers.{options_key}.{min(unused)}: not in the pattern{did_you_mean(min(unused), names)}")
+    return words
 
 
 # What transformers itself puts into a config.json; everything else that ModelSpec does not know is refused.

@@ -206,7 +206,7 @@ def natural_key(name: str) -> tuple:
     """Sort key under which sizes order by value: tiny < 130m < 1.3b."""
     key: list[tuple] = []
     for part in re.split(r"[-]", name):
-        size = re.match(r"(\d+(?:\.\d+)?)([kmbt])(?:\.|$)", part)
+        size = re.match(r"(?:a|\d+x)?(\d+(?:\.\d+)?)([kmbt])(?:\.|$)", part)  # also 8x7b, a2.7b
         if part == "tiny":
             key.append((0, 0.0, part))
         elif size:

@@ -37,6 +37,7 @@ def show(
     facts = [
         ("task", info["task"]),
         ("parameters", f"{info['parameters']:,}"),
+        *([("active, a token", f"{info['active_parameters']:,}")] * (info["active_parameters"] != info["parameters"])),
         ("without embeddings", f"{info['parameters_without_embeddings']:,}"),
         ("vocabulary", f"{info['vocab_size']:,}"),
         ("width", f"{info['hidden_size']:,}"),
@@ -57,7 +58,7 @@ def show(
 
 def describe(name: str, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
     """The facts about a model, by registered name or folder. Sizes are counted on weights that take no memory."""
-    from zoo.models.costs import empty_model, flops_per_token, parameter_counts, state_bytes
+    from zoo.models.costs import active_parameters, empty_model, flops_per_token, parameter_counts, state_bytes
 
     entry, config = _find(name)
     model = empty_model(config)
@@ -69,6 +70,7 @@ def describe(name: str, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
         "origin": str((config.origin or {}).get("source", "")),
         "task": config.task,
         "parameters": total,
+        "active_parameters": active_parameters(model),
         "parameters_without_embeddings": without,
         "flops_per_token": {str(length): flops_per_token(model, length) for length in lengths},
         **{key: getattr(config, key) for key in ("vocab_size", "hidden_size", "block", "norm")},

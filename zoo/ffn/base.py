@@ -8,7 +8,7 @@ the loss (load balancing) derives from `ChannelMixer`. Shapes: see `zoo.mixers.b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ class ChannelMixer(nn.Module, ABC):
     keep_float32: ClassVar[tuple[str, ...]] = ()
     auxiliary_loss: Tensor | None = None
     place: tuple[int, int] = (0, 1)
+    causal: bool = True  # no output depends on a later position
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "auxiliary_loss": None}  # copies and pickles: not of a graph
 
     @abstractmethod
     def forward(
@@ -47,6 +51,13 @@ class ChannelMixer(nn.Module, ABC):
     ) -> State:
         """The state before the first position; empty where nothing is carried."""
         return State()
+
+    def after_step(self) -> None:
+        """Called after each step of the optimizer: what is learned by counting instead of by gradients."""
+
+    def stacked_weights(self) -> tuple[int, int]:
+        """Weights of linear maps that are not modules (experts): all of them, and those that one token meets."""
+        return 0, 0
 
     @abstractmethod
     def reset_parameters(self, std: float) -> None:

@@ -16,16 +16,31 @@ from pydantic import Field
 from torch import Tensor
 
 from zoo import ops
+from zoo.errors import ConversionError
 from zoo.mixers.base import AttentionWeights, State, Traits
-from zoo.mixers.qkv import Inputs, QKVMixer, QKVOptions
+from zoo.mixers.qkv import HeadNorm, Inputs, QKVMixer, QKVOptions
 from zoo.registry import register_mixer
 
 
 class AttentionConfig(QKVOptions):
-    """Options of `attention`. `window`: a position sees itself and the `window - 1` before it."""
+    """Options of `attention`.
+
+    window: a position sees itself and the `window - 1` before it. qk_norm_span: a QK-norm is over each head, or over
+    all heads as one vector (OLMo-2, OLMoE).
+    """
 
     name: Literal["attention"] = "attention"
     window: int | None = Field(None, ge=1, le=1 << 27)
+    qk_norm_span: Literal["head", "all"] = "head"
+
+
+class AllHeadsNorm(HeadNorm):
+    """RMSNorm over the heads of a position as one vector; its weight has H * K numbers."""
+
+    def forward(self, x_BHLK: Tensor) -> Tensor:
+        """(B, H, L, K) -> the same shape."""
+        x_BLHK = x_BHLK.transpose(1, 2)
+        return super().forward(x_BLHK.flatten(2)).view_as(x_BLHK).transpose(1, 2)
 
 
 @register_mixer("attention")
@@ -35,6 +50,12 @@ class Attention(QKVMixer):
     Config = AttentionConfig
     traits = Traits(causal=True, bidirectional=True, state="grows", exact=True)
     config: AttentionConfig
+
+    def __init__(self, config: AttentionConfig, width: int, own_projections: bool = True) -> None:
+        super().__init__(config, width, own_projections)
+        if own_projections and config.qk_norm and config.qk_norm_span == "all":
+            self.q_norm = AllHeadsNorm(config.num_heads * config.head_dim, eps=config.qk_norm_eps)
+            self.k_norm = AllHeadsNorm(config.kv_heads * config.head_dim, eps=config.qk_norm_eps)
 
     def mix(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         mask_BS, tensors = inputs.mask_BL, {}
@@ -69,6 +90,10 @@ class Attention(QKVMixer):
     def attention_weights(self) -> AttentionWeights:
         """This layer as numbers, for the `from_attention` of another mixer."""
         c = self.config
+        if c.qk_norm and c.qk_norm_span == "all":
+            raise ConversionError(
+                "attention with qk_norm_span: all cannot be converted: other mixers norm head by head"
+            )
         return AttentionWeights(
             q_HKD=self.q_proj.weight.detach(),
             k_GKD=self.k_proj.weight.detach(),

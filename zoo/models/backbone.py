@@ -151,7 +151,7 @@ class ZooPreTrainedModel(PreTrainedModel):
                 init.ones_(module.weight)
             if isinstance(bias := getattr(module, "bias", None), Tensor):
                 init.zeros_(bias)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and type(module).reset_parameters is nn.Linear.reset_parameters:
             init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -289,10 +289,18 @@ class ZooModel(ZooPreTrainedModel):
         losses = [part for part in parts if part is not None]
         return torch.stack(losses).sum() if losses else None
 
+    def after_step(self) -> None:
+        """To be called after each step of the optimizer: channel mixers learn what has no gradient."""
+        for module in self.modules():
+            if isinstance(module, ChannelMixer):
+                module.after_step()
+
     @property
     def is_causal(self) -> bool:
         """Whether every layer is causal, so that a state can be carried."""
-        return all(getattr(block.mixer.config, "causal", True) for block in self.layers)
+        return all(
+            getattr(block.mixer.config, "causal", True) and getattr(block.ffn, "causal", True) for block in self.layers
+        )
 
     @staticmethod
     def _mask(attention_mask: Tensor | None, L: int) -> Tensor | None:

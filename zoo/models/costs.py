@@ -168,6 +168,12 @@ def parameter_counts(model: Any) -> tuple[int, int]:
     return total, total - embeddings
 
 
+def active_parameters(model: Any) -> int:
+    """Those that one token meets: all, without the experts that it is not sent to."""
+    stacked = [m.stacked_weights() for m in model.modules() if isinstance(m, ChannelMixer)]
+    return sum(p.numel() for p in model.parameters()) - sum(whole - met for whole, met in stacked)
+
+
 def short_bytes(value: int) -> str:
     """Bytes for people: 1.50 MiB, 24.0 KiB."""
     if value < 2**10:
