@@ -328,6 +328,8 @@ def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
         if pattern.ffn is not None:
             raise ConfigError("layers.ffn: with ffn_pattern, options of channel mixers stand in ffns, by name")
         names = _words(pattern.ffn_pattern, "ffn_pattern", pattern.ffns, "ffns")
+        if labels := [label for _, label in names if label is not None]:
+            raise ConfigError(f"layers.ffn_pattern: @{labels[0]} is for whole layers; write labels in pattern")
         ffns = [{"name": name, **pattern.ffns.get(name, {})} for name, _ in names]
     elif pattern.ffns:
         raise ConfigError("layers.ffns: without ffn_pattern, there is one channel mixer for all layers: ffn")

@@ -370,5 +370,7 @@ def test_patterns_of_channel_mixers():
         zoo.create_model("deepseek-moe-tiny", layers={"ffn": {"name": "moe"}})
     with pytest.raises(ConfigError, match=r"layers.ffns: without ffn_pattern"):
         zoo.create_model("mixtral-tiny", layers={"ffns": {"moe": {}}})
+    with pytest.raises(ConfigError, match=r"layers.ffn_pattern: @a is for whole layers"):
+        zoo.create_model("deepseek-moe-tiny", layers={"ffn_pattern": "gated_mlp moe@a"})
     with pytest.raises(ConfigError, match=r"layers.ffn_pattern: cannot read 'moe\*x'"):
         zoo.create_model("deepseek-moe-tiny", layers={"ffn_pattern": "moe*x"})

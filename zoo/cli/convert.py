@@ -40,6 +40,14 @@ def convert(
             "--option", "-o", metavar="KEY=VALUE", help="An option of the mixer, such as window=64. Repeatable."
         ),
     ] = None,
+    ffn: Annotated[
+        str | None,
+        typer.Option(metavar="HOW", help="MLPs to mixtures of experts: upcycle (copies) or moefy (parts)."),
+    ] = None,
+    ffn_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the mixture, such as num_experts=8. Repeatable."),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,7 +63,7 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Replace the attention of a Transformer by an efficient mixer; the result can be distilled, scored and used."""
-    options = parse_options(option or [])
+    options, ffn_options = parse_options(option or []), parse_options(ffn_option or [])
     source = data_source(data or [])
     with only_json_on_stdout(as_json):
         from zoo.convert.api import convert as run
@@ -66,6 +74,8 @@ def convert(
             mixer,
             keep=keep,
             mixer_options=options or None,
+            ffn=ffn,
+            ffn_options=ffn_options or None,
             data=source,
             calibrate=calibrate,
             tokens=tokens,

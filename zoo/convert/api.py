@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.convert import calibration
+from zoo.convert import calibration, experts
 from zoo.convert.layerwise import MEASURES, Trace
 from zoo.convert.report import ConversionReport, LayerReport
 from zoo.convert.selection import Keep, KeepSpec, Selection, parse_keep, select_layers
@@ -41,6 +41,8 @@ def convert(
     *,
     keep: KeepSpec | None = None,
     mixer_options: Mapping[str, Any] | None = None,
+    ffn: str | None = None,
+    ffn_options: Mapping[str, Any] | None = None,
     data: CalibrationData | None = None,
     calibrate: bool = True,
     tokens: int = 2048,
@@ -59,6 +61,8 @@ def convert(
         keep: the layers that keep attention, as `parse_keep` reads it: "all" (the default without a mixer), "none" (the
             default with one), a list of indices, "uniform:1/3", "sensitivity:1/3" (chosen by scans), ...
         mixer_options: options of the mixer, such as ``{"window": 128}``.
+        ffn: what becomes of the MLPs: None leaves them, "upcycle" or "moefy" make mixtures of experts (see
+            `zoo.convert.experts`), with `ffn_options` such as ``{"num_experts": 8, "top_k": 2}``.
         data: text to measure on: files, a glob, "hf:NAME", documents, or token ids (rows, length). By default a causal
             language model writes it itself (`sample_from_teacher`); encoders need it given.
         calibrate: refit output projections in closed form where that brings the student closer on held-out rows.
@@ -79,9 +83,11 @@ def convert(
     if out is not None:
         check_output(out, overwrite)
     spec = _check_request(mixer, keep, mixer_options, tokens, length)
+    make_experts = experts.method(ffn, ffn_options)
     clock, owned = _Clock(), not isinstance(teacher, Teacher | ZooPreTrainedModel)
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
     clock.lap("load")
+    tokens_NL = None
     if spec is None:
         student = teacher.model if owned else replace_mixers(teacher.model, {})
         report = _report(teacher, student, None, "all", None, None)
@@ -91,6 +97,12 @@ def convert(
         clock.lap("data")
         student, report = _convert(teacher, spec, wanted, tokens_NL, calibrate, clock, progress)
         report.data, report.keep = where, str("none" if keep is None else keep)
+    if make_experts is not None:
+        if tokens_NL is None and (ffn == "moefy" or data is not None):
+            tokens_NL, report.data = _calibration_tokens(teacher, Keep((), 0), data, True, tokens, length, seed)
+        student = make_experts(student, tokens_NL)
+        _report_experts(report, str(ffn), teacher, student, tokens_NL)
+        clock.lap("experts")
     report.cpu_seconds, student.report, student.tokenizer = clock.laps, report, teacher.tokenizer
     if out is not None:
         save_converted(student, out, overwrite)
@@ -274,6 +286,19 @@ def _report(
         report.distance_before, report.distance = result.distance_before, result.distance_after
         report.agreement = result.agreement
     return report
+
+
+def _report_experts(
+    report: ConversionReport, ffn: str, teacher: Teacher, student: ZooPreTrainedModel, tokens_NL: Tensor | None
+) -> None:
+    """What changes in a report when MLPs become experts; distances are of the student as it is now, on all tokens."""
+    report.ffn, report.parameters = ffn, sum(p.numel() for p in student.parameters())
+    if tokens_NL is None:
+        return
+    trace, rows = Trace(teacher.model, tokens_NL, with_stats=False), range(len(tokens_NL))
+    report.distance_before, report.measure = report.distance, MEASURES[teacher.task]
+    report.distance = trace.distance(0, trace.inputs[0], rows, list(student.model.layers))
+    report.tokens, report.agreement = tokens_NL.numel(), None
 
 
 def _linear_name(spec: Any) -> str:

@@ -55,7 +55,8 @@ class ConversionReport:
     measure: what the distances are: "KL, nats/token" for models with a vocabulary. distance, distance_before: of the
     student from the teacher, and before calibration; on `held_out_tokens` that no refit was fitted to, though it was
     chosen on them: an estimate for the user, not a score. agreement: share of positions with the teacher's first
-    choice. All None where no tokens were run. data: where the tokens came from.
+    choice. All None where no tokens were run. data: where the tokens came from. ffn: how MLPs became experts, if they
+    did; `distance` is then of the whole student on all tokens, and `distance_before` before that step.
     """
 
     teacher: str
@@ -67,6 +68,7 @@ class ConversionReport:
     layers: list[LayerReport]
     parameters: int
     teacher_parameters: int
+    ffn: str | None = None
     max_logit_error: float | None = None
     measure: str = ""
     distance_before: float | None = None
@@ -97,19 +99,22 @@ class ConversionReport:
 
     def summary(self) -> str:
         """The whole student in a few lines."""
-        if self.mixer is None:
+        if self.mixer is None and self.ffn is None:
             error = "" if self.max_logit_error is None else f", logits within {self.max_logit_error:.1e}"
             return f"{self.teacher}: imported exactly{error}; {len(self.layers)} layers, {self.parameters:,} parameters"
         converted = len(self.layers) - len(self.kept_layers)
-        lines = [
-            f"{self.teacher}: {converted} of {len(self.layers)} layers converted to {self.mixer}, keep={self.keep}; "
-            f"{self.parameters:,} parameters (teacher {self.teacher_parameters:,})"
-        ]
+        mixers = f"{converted} of {len(self.layers)} layers converted to {self.mixer}, keep={self.keep}"
+        done = [mixers] * (self.mixer is not None) + [f"MLPs to experts by {self.ffn}"] * (self.ffn is not None)
+        sizes = f"{self.parameters:,} parameters (teacher {self.teacher_parameters:,})"
+        lines = [f"{self.teacher}: {', '.join(done)}; {sizes}"]
         if self.distance is not None:
             tokens = f"{self.held_out_tokens:,} held-out tokens of {self.data}"
+            if self.ffn is not None:
+                tokens = f"{self.tokens:,} tokens of {self.data}"
             before = ""
             if self.distance_before is not None and self.distance_before != self.distance:
-                before = f" (before calibration {self.distance_before:.4g})"
+                step = "calibration" if self.ffn is None else "that step"
+                before = f" (before {step} {self.distance_before:.4g})"
             same = "" if self.agreement is None else f", same first choice {100 * self.agreement:.1f} %"
             lines.append(f"distance from the teacher: {self.distance:.4g} {self.measure}{before}{same}, on {tokens}")
         return "\n".join(lines)
