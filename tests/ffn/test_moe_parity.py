@@ -159,7 +159,7 @@ def compare_layers(theirs, ours, x_BLD):
 def random_weights(module, std=0.2):
     with torch.no_grad():
         for t in module.state_dict().values():
-            t.add_(std * torch.randn_like(t))
+            t.normal_(std=std)  # a layer by itself starts with whatever was in memory
     return module
 
 

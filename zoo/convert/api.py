@@ -99,7 +99,9 @@ def convert(
         report.data, report.keep = where, str("none" if keep is None else keep)
     if make_experts is not None:
         if tokens_NL is None and (ffn == "moefy" or data is not None):
-            tokens_NL, report.data = _calibration_tokens(teacher, Keep((), 0), data, True, tokens, length, seed)
+            tokens_NL, report.data = _calibration_tokens(
+                teacher, Keep(layers=(), count=0), data, True, tokens, length, seed
+            )
         student = make_experts(student, tokens_NL)
         _report_experts(report, str(ffn), teacher, student, tokens_NL)
         clock.lap("experts")

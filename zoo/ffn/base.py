@@ -30,7 +30,11 @@ class ChannelMixer(nn.Module, ABC):
     keep_float32: ClassVar[tuple[str, ...]] = ()
     auxiliary_loss: Tensor | None = None
     place: tuple[int, int] = (0, 1)
-    causal: bool = True  # no output depends on a later position
+
+    @property
+    def causal(self) -> bool:
+        """Whether no output depends on a later position."""
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "auxiliary_loss": None}  # copies and pickles: not of a graph

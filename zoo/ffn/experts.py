@@ -28,6 +28,8 @@ class Experts(nn.Module):
     variance s / fan_in, cut at two deviations.
     """
 
+    up_EIO: Tensor
+
     def __init__(
         self,
         count: int,

@@ -116,23 +116,6 @@ class MoEConfig(FFNOptions):
         return self
 
 
-class Router(Linear):
-    """The linear map from a token to what is said of each expert; starts as the experts do, see `Experts`."""
-
-    def __init__(self, width: int, config: MoEConfig) -> None:
-        self.init_scale = config.init_scale
-        super().__init__(width, config.num_experts, bias=config.router_bias)
-
-    def reset_parameters(self, std: float = 0.02) -> None:
-        """As the model's other projections, or by fan-in with `init_scale`; the bias zero."""
-        if self.init_scale is None:
-            init.normal_(self.weight, std=std)
-        else:
-            cut_normal(self.weight, self.init_scale, self.in_features)
-        if self.bias is not None:
-            init.zeros_(self.bias)
-
-
 @register_ffn("moe")
 class MoE(ChannelMixer):
     """A mixture of experts; see the module docstring. (B, L, D) -> (B, L, D)."""
@@ -145,7 +128,7 @@ class MoE(ChannelMixer):
         super().__init__()
         c = self.config = config
         shape: dict[str, Any] = {"activation": c.activation, "bias": c.bias}
-        self.router = Router(width, c)
+        self.router = Linear(width, c.num_experts, bias=c.router_bias)
         self.experts = Experts(c.num_experts, width, c.hidden_size, gated=c.gated, init_scale=c.init_scale, **shape)
         if c.shared_size is not None:
             dense: Any = GatedMLP if c.gated else MLP
@@ -155,6 +138,7 @@ class MoE(ChannelMixer):
         if c.bias_rate:
             self.register_buffer("balance_E", torch.zeros(c.num_experts))
         self._load_E: Tensor | None = None  # choices since the last step; not a buffer, for DDP overwrites those
+        self.reset_parameters(0.02)
 
     @property
     def causal(self) -> bool:
@@ -263,7 +247,9 @@ class MoE(ChannelMixer):
         return State({"taken": torch.zeros(batch_size, self.config.num_experts, dtype=torch.long, device=device)})
 
     def reset_parameters(self, std: float) -> None:
-        """The balancing bias zero; router and experts start by themselves."""
+        """The router as the experts: as the model's other projections, or by fan-in; the balancing bias zero."""
+        if self.config.init_scale is not None:
+            cut_normal(self.router.weight, self.config.init_scale, self.router.in_features)
         if self.config.bias_rate:
             init.zeros_(self.balance_E)
 

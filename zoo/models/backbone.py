@@ -151,7 +151,7 @@ class ZooPreTrainedModel(PreTrainedModel):
                 init.ones_(module.weight)
             if isinstance(bias := getattr(module, "bias", None), Tensor):
                 init.zeros_(bias)
-        elif isinstance(module, nn.Linear) and type(module).reset_parameters is nn.Linear.reset_parameters:
+        elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
