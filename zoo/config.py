@@ -324,15 +324,11 @@ def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
     pattern = Pattern.parse(values, "layers")
     words, count = _words(pattern.pattern, "pattern", pattern.mixers, "mixers"), pattern.num_hidden_layers
     ffns: list[dict[str, Any] | None] = [pattern.ffn]
+    if (pattern.ffns and pattern.ffn_pattern is None) or (pattern.ffn and pattern.ffn_pattern is not None):
+        raise ConfigError("layers.ffns: ffn_pattern and ffns go together, in place of ffn")
     if pattern.ffn_pattern is not None:
-        if pattern.ffn is not None:
-            raise ConfigError("layers.ffn: with ffn_pattern, options of channel mixers stand in ffns, by name")
         names = _words(pattern.ffn_pattern, "ffn_pattern", pattern.ffns, "ffns")
-        if labels := [label for _, label in names if label is not None]:
-            raise ConfigError(f"layers.ffn_pattern: @{labels[0]} is for whole layers; write labels in pattern")
         ffns = [{"name": name, **pattern.ffns.get(name, {})} for name, _ in names]
-    elif pattern.ffns:
-        raise ConfigError("layers.ffns: without ffn_pattern, there is one channel mixer for all layers: ffn")
     depth = {"every": 2, **(pattern.depth or {})}
     if not isinstance(every := depth.pop("every"), int) or not 1 <= every <= MAX_LAYERS:
         raise ConfigError(f"layers.depth.every: must be a number of layers, got {every!r}")
@@ -358,7 +354,7 @@ def _words(pattern: str, key: str, options: dict[str, Any], options_key: str) ->
     words: list[tuple[str, str | None]] = []
     for word in re.split(r"[\s,]+", pattern.strip()):
         match = re.fullmatch(r"([A-Za-z_][\w-]*)(?:@(\w+))?(?:\*(\d{1,4}))?", word)
-        if not match:
+        if not match or (match[2] and key != "pattern"):  # labels are of whole layers
             raise ConfigError(
                 f"layers.{key}: cannot read {word!r}; write names with repeats, such as 'mamba2*3 attention'"
             )
