@@ -229,6 +229,8 @@ class ModelSpec(Options):
     @classmethod
     def _expand(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("layers"), dict):
+            from zoo.patterns import expand_pattern
+
             values = {**values, "layers": expand_pattern(values["layers"])}
         return values
 
@@ -301,70 +303,6 @@ class ModelSpec(Options):
     def plain(self) -> dict[str, Any]:
         """The whole description as JSON types; `ModelSpec.parse` of it gives an equal description."""
         return {**self.model_dump(mode="json", exclude={"layers"}), "layers": [layer.plain() for layer in self.layers]}
-
-
-class Pattern(Options):
-    """A compact list of layers; see the module docstring."""
-
-    pattern: str
-    num_hidden_layers: int = Field(ge=1, le=MAX_LAYERS)
-    mixers: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    defaults: dict[str, Any] = Field(default_factory=dict)
-    ffn: dict[str, Any] | None = None
-    depth: dict[str, Any] | None = None  # options of blocks that only some tokens take, and `every`: how many layers
-    ffn_pattern: str | None = None  # with several channel mixers: "gated_mlp moe*27", and `ffns` in place of `ffn`
-    ffns: dict[str, dict[str, Any]] = Field(default_factory=dict)
-
-
-def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """`{"pattern": "a*2 b", "num_hidden_layers": 5, ...}` -> a list of layers a, a, b, a, a.
-
-    Layers with the same label share their weights: with "a*2 b@x" every b has those of the first b.
-    """
-    pattern = Pattern.parse(values, "layers")
-    words, count = _words(pattern.pattern, "pattern", pattern.mixers, "mixers"), pattern.num_hidden_layers
-    ffns: list[dict[str, Any] | None] = [pattern.ffn]
-    if (pattern.ffns and pattern.ffn_pattern is None) or (pattern.ffn and pattern.ffn_pattern is not None):
-        raise ConfigError("layers.ffns: ffn_pattern and ffns go together, in place of ffn")
-    if pattern.ffn_pattern is not None:
-        names = _words(pattern.ffn_pattern, "ffn_pattern", pattern.ffns, "ffns")
-        ffns = [{"name": name, **pattern.ffns.get(name, {})} for name, _ in names]
-    depth = {"every": 2, **(pattern.depth or {})}
-    if not isinstance(every := depth.pop("every"), int) or not 1 <= every <= MAX_LAYERS:
-        raise ConfigError(f"layers.depth.every: must be a number of layers, got {every!r}")
-    layers: list[dict[str, Any]] = []
-    first: dict[str, int] = {}
-    for i in range(count):
-        (name, label), ffn = words[i % len(words)], ffns[i % len(ffns)]
-        layers.append(
-            {
-                "mixer": {"name": name, **pattern.defaults, **pattern.mixers.get(name, {})},
-                "ffn": None if ffn is None else dict(ffn),
-            }
-        )
-        if pattern.depth is not None and i % every == every - 1:
-            layers[i]["depth"] = dict(depth)
-        if label is not None and first.setdefault(label, i) != i:
-            layers[i]["same_as"] = first[label]
-    return layers
-
-
-def _words(pattern: str, key: str, options: dict[str, Any], options_key: str) -> list[tuple[str, str | None]]:
-    """The names of a pattern with their labels, repeats written out; `options` may only be of names that are in it."""
-    words: list[tuple[str, str | None]] = []
-    for word in re.split(r"[\s,]+", pattern.strip()):
-        match = re.fullmatch(r"([A-Za-z_][\w-]*)(?:@(\w+))?(?:\*(\d{1,4}))?", word)
-        if not match or (match[2] and key != "pattern"):  # labels are of whole layers
-            raise ConfigError(
-                f"layers.{key}: cannot read {word!r}; write names with repeats, such as 'mamba2*3 attention'"
-            )
-        words += [(match[1], match[2])] * int(match[3] or 1)
-    if not words:
-        raise ConfigError(f"layers.{key}: no layer in it")
-    names = {name for name, _ in words}
-    if unused := set(options) - names:
-        raise ConfigError(f"layers.{options_key}.{min(unused)}: not in the pattern{did_you_mean(min(unused), names)}")
-    return words
 
 
 # What transformers itself puts into a config.json; everything else that ModelSpec does not know is refused.
