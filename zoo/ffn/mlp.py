@@ -26,7 +26,7 @@ class MLPConfig(FFNOptions):
     hidden_size: int = Field(ge=1, le=1 << 20)
     activation: str = "gelu"
     bias: bool = True
-    chunk: int | None = Field(None, ge=1, le=1 << 27)
+    chunk: int | None = Field(default=None, ge=1, le=1 << 27)
 
     @field_validator("activation")
     @classmethod
