@@ -16,6 +16,7 @@ SOURCES = sorted([*(ROOT / "zoo").rglob("*.py"), *(ROOT / "train").rglob("*.py")
 # registry finds mixers and how a command loads what it needs.
 LEVELS = [
     {"errors"},
+    {"yaml_files", "options"},
     {"config", "patterns", "registry", "text", "linear"},
     {"ops"},
     {"mixers", "ffn"},

@@ -11,9 +11,10 @@ from transformers import AutoConfig
 
 import zoo
 import zoo.models  # registers the Auto classes
-from zoo.config import ModelSpec, ZooConfig, load_yaml
+from zoo.config import ModelSpec, ZooConfig
 from zoo.errors import ConfigError, UnknownNameError
 from zoo.registry import model_config, parse_mixer
+from zoo.yaml_files import load_yaml
 
 ATTENTION = {"name": "attention", "num_heads": 4, "head_dim": 16}
 MLP = {"name": "mlp", "hidden_size": 64}

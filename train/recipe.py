@@ -19,8 +19,9 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from zoo.config import Options, _Loader, load_yaml
+from zoo.config import Options
 from zoo.errors import ConfigError, did_you_mean
+from zoo.yaml_files import Loader, load_yaml
 
 MAX_TOKENS = 1 << 50
 Kind = Literal["pretrain", "align", "distill", "finetune"]
@@ -271,7 +272,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{override!r}: write key.path=value, such as stages.0.lr=1e-3")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=Loader)
     except yaml.YAMLError:
         raise ConfigError(f"{key}: cannot read the value {text!r}") from None
     *parents, last = key.split(".")

@@ -18,79 +18,20 @@ Unknown keys, wrong types and impossible sizes raise `ConfigError` with the path
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
 
 from zoo.errors import ConfigError, UnknownNameError, did_you_mean
+from zoo.options import FFNOptions as FFNOptions
+from zoo.options import MixerOptions as MixerOptions
+from zoo.options import Options as Options
+from zoo.options import explain as explain
 
 MAX_LAYERS = 1024
 Size = Field(ge=1, le=1 << 20)
-Task = Literal["causal-lm", "masked-lm", "sequence-classification", "sentence-embedding"]
-
-
-class Options(BaseModel):
-    """Base of every options class: frozen, keyword-only, strictly typed, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-    @classmethod
-    def parse(cls, values: dict[str, Any], path: str = "") -> Self:
-        """Build from a dictionary. Raises ConfigError naming the path of the first wrong key."""
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path or cls.__name__}: expected a mapping of options, got {values!r}")
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise ConfigError(explain(error, cls, path)) from None
-
-    def plain(self) -> dict[str, Any]:
-        """The options as JSON types, in the order of the class."""
-        return self.model_dump(mode="json")
-
-
-class MixerOptions(Options):
-    """Options of a sequence mixer; `name` is its name in the registry."""
-
-    name: str
-
-
-class FFNOptions(Options):
-    """Options of a channel mixer; `name` is its name in the registry."""
-
-    name: str
-
-
-def explain(error: ValidationError, cls: type[BaseModel], path: str = "") -> str:
-    """One line for the first problem in a pydantic error: path, value, what is expected, nearest valid key."""
-    problems = error.errors()
-    # A misspelt key is often also a missing one: name the key that is there.
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    where = ".".join(str(part) for part in (path, *problem["loc"]) if part != "")
-    if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key{did_you_mean(str(problem['loc'][-1]), _keys_at(cls, problem['loc'][:-1]))}"
-    if problem["type"] == "value_error":
-        said = str(problem["ctx"]["error"])
-        if not where:
-            return said
-        goes_on = isinstance(problem["ctx"]["error"], ConfigError) and re.match(r"[a-z_][\w.]*: ", said)
-        return f"{where}{'.' if goes_on else ': '}{said}"  # an error from deeper down starts with its own path
-    if problem["type"] == "missing":
-        return f"{where}: this key is needed"
-    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
-
-
-def _keys_at(cls: type[BaseModel], loc: tuple) -> list[str]:
-    for part in loc:
-        field = cls.model_fields.get(str(part))
-        annotations = [field.annotation] if field else []
-        annotations += [a for outer in annotations for a in getattr(outer, "__args__", ())]
-        cls = next((a for a in annotations if isinstance(a, type) and issubclass(a, BaseModel)), cls)
-    return list(cls.model_fields)
+Task = Literal["causal-lm", "masked-lm", "sequence-classification", "sentence-embedding", "image-classification"]
 
 
 class DepthOptions(Options):
@@ -182,6 +123,55 @@ class ExitOptions(Options):
         return self
 
 
+class ImageOptions(Options):
+    """How an image becomes a sequence: patches row by row, behind the special tokens. Sizes in pixels.
+
+    stages: layers of each stage of a hierarchical model. Between stages 2 x 2 patches become one that is twice as wide;
+    `hidden_size` is the width of the first stage.
+    interpolation: how learned positions are resized for other images than `image_size`: as transformers does it, with
+    antialiasing as timm does it, or None: other sizes are refused.
+    """
+
+    image_size: int = Field(224, ge=1, le=1 << 14)
+    patch_size: int = Field(16, ge=1, le=1 << 12)
+    channels: int = Field(3, ge=1, le=4096)
+    class_token: bool = True
+    distillation_token: bool = False  # DeiT's second token
+    distillation_head: bool = False  # and the classifier that reads it
+    positions: bool = True
+    interpolation: Literal["bicubic", "bicubic_antialias"] | None = "bicubic"
+    stages: list[Annotated[int, Field(ge=1, le=MAX_LAYERS)]] | None = Field(None, min_length=1, max_length=8)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size ({self.image_size}) is not a multiple of patch_size ({self.patch_size})")
+        if self.grid % self.merged:
+            raise ValueError(f"stages: a side of {self.grid} patches does not divide by {self.merged}")
+        if self.stages and self.prefix:
+            raise ValueError("stages merge all tokens, so there can be no class token: set class_token to False")
+        if self.distillation_token and not self.class_token:
+            raise ValueError("distillation_token stands beside a class token: set class_token")
+        if self.distillation_head and not self.distillation_token:
+            raise ValueError("distillation_head reads the distillation token: set distillation_token")
+        return self
+
+    @property
+    def prefix(self) -> int:
+        """How many special tokens stand before the patches."""
+        return self.class_token + self.distillation_token
+
+    @property
+    def merged(self) -> int:
+        """How many patches along a side become one by the last stage."""
+        return 1 if self.stages is None else 1 << (len(self.stages) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of an image of `image_size`."""
+        return self.image_size // self.patch_size
+
+
 def _default_layers() -> list[dict]:
     return [
         {"mixer": {"name": "attention", "num_heads": 4, "head_dim": 16}, "ffn": {"name": "mlp", "hidden_size": 256}}
@@ -212,6 +202,7 @@ class ModelSpec(Options):
     embedding_output: Literal["transform", "project", "extend"] = "transform"  # how a head gets back to word vectors
     embedding_norm: bool = False
     embedding_dropout: float = Field(0.0, ge=0, lt=1)
+    image: ImageOptions | None = None  # of the task image-classification, and only there
     tie_word_embeddings: bool = True
     lm_head_bias: bool = False
     mlm_transform: bool = False  # BERT's dense + activation + norm before the vocabulary
@@ -269,8 +260,8 @@ class ModelSpec(Options):
 
     @property
     def stack_size(self) -> int:
-        """Size of what goes through the blocks and the final norm: `hidden_size`, twice where there are two streams."""
-        return self.hidden_size * (2 if self.block == "reversible" else 1)
+        """Size of what leaves the blocks for the final norm: `hidden_size`, or more with two streams or stages."""
+        return self.hidden_size * (2 if self.block == "reversible" else 1 if self.image is None else self.image.merged)
 
     @property
     def state_size(self) -> int:
@@ -282,6 +273,18 @@ class ModelSpec(Options):
         """Size of the states that meet the vocabulary."""
         whole = self.embedding_output == "extend" or self.block == "reversible"
         return self.stack_size if whole else self.word_size
+
+    @model_validator(mode="after")
+    def _image_fits(self) -> Self:
+        if (self.task == "image-classification") != (self.image is not None):
+            raise ValueError(f"image: belongs to the task image-classification, and to no other; task is {self.task!r}")
+        if self.image is not None and self.embedding_size is not None:
+            raise ValueError("embedding_size: belongs to word vectors, of which a model of images has none")
+        if self.image is not None and self.pooling == "cls" and not self.image.class_token:
+            raise ValueError("pooling: 'cls' reads the class token, but image.class_token is False; use 'mean'")
+        if self.image and self.image.stages and sum(self.image.stages) != len(self.layers):
+            raise ValueError(f"image.stages: {self.image.stages} are not the {len(self.layers)} layers there are")
+        return self
 
     @model_validator(mode="after")
     def _resolve_layers(self) -> Self:
@@ -362,32 +365,3 @@ class ZooConfig(PreTrainedConfig):
     def mixer_names(self) -> list[str]:
         """The mixer of each layer, by name."""
         return [layer["mixer"]["name"] for layer in self.layers]
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number, as JSON does and people expect."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.[\d_]+(?:[eE][-+]?\d+)?|\.inf|\.nan)$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def load_yaml(path: str | Path) -> Any:
-    """Read one YAML file. Raises ConfigError with the path and line where it cannot be read."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text") from None
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from importlib import metadata, resources
 from typing import Any
 
-from zoo.config import FFNOptions, MixerOptions, ZooConfig, load_yaml
+from zoo.config import FFNOptions, MixerOptions, ZooConfig
 from zoo.errors import ConfigError, did_you_mean, unknown_name
+from zoo.yaml_files import load_yaml
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,3 +31,16 @@ def make():
 def ids_BL():
     """Two rows of 21 tokens; more than the window of the tiny models, not a multiple of anything."""
     return torch.randint(1, 256, (2, 21), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def images():
+    """Two images that fit a model, in its dtype; `scale` times as large as those it is made for."""
+
+    def images(model, scale: int = 1) -> torch.Tensor:
+        options = model.config.spec.image
+        size = (2, options.channels, scale * options.image_size, scale * options.image_size)
+        generator = torch.Generator().manual_seed(2)
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(next(model.parameters()).dtype)
+
+    return images

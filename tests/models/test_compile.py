@@ -8,6 +8,8 @@ import torch
 import zoo
 
 pytestmark = pytest.mark.slow
+IMAGES = zoo.list_models("*-tiny", task="image-classification")
+TEXT = [name for name in zoo.list_models("*-tiny") if not name.endswith("-h-tiny") and name not in IMAGES]
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +20,7 @@ def _fresh():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", [name for name in zoo.list_models("*-tiny") if not name.endswith("-h-tiny")])
+@pytest.mark.parametrize("name", TEXT)
 def test_the_forward_has_no_graph_break(name, masked, make, ids_BL):
     model = make(name, layers={"num_hidden_layers": 1})  # compiling takes as long as there are layers
     mask_BL = None
@@ -30,6 +32,13 @@ def test_the_forward_has_no_graph_break(name, masked, make, ids_BL):
     out = compiled(ids_BL, attention_mask=mask_BL, use_cache=False).logits
     real = slice(None) if mask_BL is None else mask_BL.bool()
     torch.testing.assert_close(out[real], expected[real], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_the_forward_of_images_has_no_graph_break(name, make, images):
+    model = make(name)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images(model)).logits, model(images(model)).logits, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["transformer-tiny", "sliding-window-tiny", "retnet-tiny"])

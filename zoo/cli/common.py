@@ -121,8 +121,8 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
     """`["window=64", "linear.name=mamba2"]` -> `{"window": 64, "linear": {"name": "mamba2"}}`; values are YAML."""
     import yaml
 
-    from zoo.config import _Loader
     from zoo.errors import ConfigError
+    from zoo.yaml_files import Loader
 
     values: dict[str, Any] = {}
     for option in given:
@@ -136,7 +136,7 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
             if not isinstance(place, dict):
                 raise ConfigError(f"--option {option!r}: {parent} has a value already")
         try:
-            place[last] = yaml.load(text, Loader=_Loader)
+            place[last] = yaml.load(text, Loader=Loader)
         except yaml.YAMLError:
             raise ConfigError(f"--option {option!r}: cannot read the value {text!r}") from None
     return values

@@ -39,7 +39,7 @@ def show(
         ("parameters", f"{info['parameters']:,}"),
         *([("active, a token", f"{info['active_parameters']:,}")] * (info["active_parameters"] != info["parameters"])),
         ("without embeddings", f"{info['parameters_without_embeddings']:,}"),
-        ("vocabulary", f"{info['vocab_size']:,}"),
+        *([] if info["image"] else [("vocabulary", f"{info['vocab_size']:,}")]),
         ("width", f"{info['hidden_size']:,}"),
         ("block", f"{info['block']}, {info['norm']}"),
         ("positions", info["positions"]),
@@ -74,6 +74,7 @@ def describe(name: str, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
         "parameters_without_embeddings": without,
         "flops_per_token": {str(length): flops_per_token(model, length) for length in lengths},
         **{key: getattr(config, key) for key in ("vocab_size", "hidden_size", "block", "norm")},
+        "image": config.image,
         "positions": _positions(config),
         "state_bytes": {str(length): state_bytes(model, length) for length in lengths},
         "layers": _layers(model, config),
@@ -91,6 +92,9 @@ def _find(name: str) -> tuple[Any, ZooConfig]:
 
 
 def _positions(config: ZooConfig) -> str:
+    if config.image is not None and config.image["positions"]:
+        side = config.spec.image.grid  # type: ignore[union-attr]
+        return f"learned, of {side} x {side} patches"
     if config.positions == "learned":
         return f"learned, up to {config.max_position_embeddings:,}"
     rotary = [_has_rotary(layer["mixer"]) for layer in config.layers]

@@ -21,6 +21,7 @@ from zoo.convert.selection import Keep, KeepSpec, Selection, parse_keep, select_
 from zoo.convert.surgery import (
     MixerSpec,
     attention_layers,
+    attention_of,
     describe_mixer,
     layer_options,
     mixer_spec,
@@ -63,8 +64,9 @@ def convert(
         mixer_options: options of the mixer, such as ``{"window": 128}``.
         ffn: what becomes of the MLPs: None leaves them, "upcycle" or "moefy" make mixtures of experts (see
             `zoo.convert.experts`), with `ffn_options` such as ``{"num_experts": 8, "top_k": 2}``.
-        data: text to measure on: files, a glob, "hf:NAME", documents, or token ids (rows, length). By default a causal
-            language model writes it itself (`sample_from_teacher`); encoders need it given.
+        data: what to measure on: text (files, a glob, "hf:NAME", documents), token ids (rows, length), or images
+            (images, channels, rows, columns) as the model reads them. By default a causal language model writes text
+            itself (`sample_from_teacher`); encoders need it given.
         calibrate: refit output projections in closed form where that brings the student closer on held-out rows.
         tokens, length: how many tokens to measure on, and in a row. A quarter of the rows is held out from the refits.
         seed: of the sampling.
@@ -156,7 +158,7 @@ def _plan(model: ZooPreTrainedModel, spec: Any, keep: KeepSpec) -> Keep:
         )
     refuse_shared(model, have)
     for i in have:
-        layer_options(spec, model.model.layers[i].mixer.attention_weights())
+        layer_options(spec, attention_of(model, i))
     return wanted
 
 
@@ -170,7 +172,7 @@ def _calibration_tokens(
     if data is None and not calibrate and wanted.layers is not None:
         return None, "none"
     if isinstance(data, Tensor):
-        found, where = data, "given tokens"
+        found, where = data, "given images" if teacher.task == "image-classification" else "given tokens"
     elif data is not None:
         if teacher.tokenizer is None:
             raise ConversionError(
@@ -240,8 +242,8 @@ def _convert(
         result = calibration.calibrate(student, trace, layers, candidates=candidates, progress=progress)
         clock.lap("calibrate" if refit else "measure")
     report = _report(teacher, student, spec, "", chosen, result, described)
-    report.tokens = 0 if tokens_NL is None else tokens_NL.numel()
-    report.held_out_tokens = 0 if result is None else len(result.held_out_rows) * trace.tokens_NL.shape[1]  # type: ignore[union-attr]
+    report.tokens = 0 if trace is None else len(trace.tokens_NL) * trace.length
+    report.held_out_tokens = 0 if result is None or trace is None else len(result.held_out_rows) * trace.length
     return student, report
 
 

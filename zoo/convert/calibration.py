@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from zoo.convert.layerwise import (
     Given,
+    Shared,
     Trace,
     fast_autocast,
-    mixer_input,
     mixer_output,
     mixer_swapped,
     run_layers,
@@ -113,7 +113,7 @@ def calibrate(
             found[i] = _layer(blocks, i, x_NLD, trace, (fit, held), candidates, now)
             now = found[i].distances.get(found[i].kept, now)
         with fast_autocast(student, trace.fast):
-            x_NLD = torch.cat([run_layers([blocks[i]], x_NLD[group]) for group in trace.groups(rows)])
+            x_NLD = torch.cat([run_layers([blocks[i]], x_NLD[group], trace.shared) for group in trace.groups(rows)])
     with fast_autocast(student, trace.fast):
         after = trace.distance(len(blocks), x_NLD[held], held, blocks)
         return CalibrationResult(found, before, after, trace.agreement(x_NLD[held], held), held)
@@ -137,8 +137,9 @@ def _layer(
     block, teacher_block, (fit, held) = blocks[i], trace.model.model.layers[i], rows
     with fast_autocast(trace.model, trace.fast):
         groups = trace.groups(range(len(x_NLD)))
-        pairs = [output_features(block, x_NLD[group]) for group in groups]
-        target_NLD = torch.cat([mixer_output(teacher_block, trace.inputs[i][group]) for group in groups])
+        pairs = [output_features(block, x_NLD[group], trace.shared) for group in groups]
+        target = [mixer_output(teacher_block, trace.inputs[i][group], trace.shared) for group in groups]
+        target_NLD = torch.cat(target)
     y_NLD = torch.cat([y for _, y in pairs])
     result = LayerCalibration(error_before=relative_error(y_NLD[held], target_NLD[held]))
     result.error_after = result.error_before
@@ -168,12 +169,12 @@ def _distances(
     with fast_autocast(trace.model, trace.fast):  # one context, so that weights are cast once
         for name, y_NLD in outputs.items():
             with mixer_swapped(blocks[i], Given(y_NLD)):
-                after_NLD = run_layers([blocks[i]], x_NLD)
+                after_NLD = run_layers([blocks[i]], x_NLD, trace.shared)
             distances[name] = trace.distance(i + 1, after_NLD, rows, blocks)
     return distances
 
 
-def output_features(block: Block, x_NLD: Tensor) -> tuple[Tensor | None, Tensor]:
+def output_features(block: Block, x_NLD: Tensor, shared: Shared | None = None) -> tuple[Tensor | None, Tensor]:
     """What a mixer's `o_proj` reads (None where the mixer has none, or does more after it), and the mixer's output."""
     projection = getattr(block.mixer, "o_proj", None)
     seen: list[tuple[Tensor, Tensor]] = []
@@ -181,12 +182,12 @@ def output_features(block: Block, x_NLD: Tensor) -> tuple[Tensor | None, Tensor]
     if isinstance(projection, nn.Linear):
         handle = projection.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     try:
-        y_NLD = block.mixer(mixer_input(block, x_NLD))[0]
+        y_NLD = mixer_output(block, x_NLD, shared)
     finally:
         if handle is not None:
             handle.remove()
-    last = len(seen) == 1 and seen[0][1].shape == y_NLD.shape and torch.equal(seen[0][1], y_NLD)
-    return (seen[0][0].float() if last else None), y_NLD.float()
+    last = len(seen) == 1 and seen[0][1].shape == y_NLD.shape and torch.equal(seen[0][1].float(), y_NLD)
+    return (seen[0][0].float() if last else None), y_NLD
 
 
 def fit_candidates(

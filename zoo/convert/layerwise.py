@@ -35,8 +35,10 @@ MEASURES = {
     "causal-lm": "KL, nats/token",
     "masked-lm": "KL, nats/token",
     "sequence-classification": "KL, nats/sequence",
+    "image-classification": "KL, nats/image",
     "sentence-embedding": "1 - cosine",
 }
+CLASSIFIERS = ("sequence-classification", "image-classification")
 TOKENS_AT_ONCE = 2048  # rows are run in groups of about so many tokens
 LOGITS_AT_ONCE = 1 << 24  # logits that exist at once in float32 (64 MB)
 KEPT_PROBABILITIES = 1 << 28  # numbers (512 MB in bf16); beyond, the teacher's head is run again for each question
@@ -96,32 +98,37 @@ def mixer_input(block: Block, x_NLD: Tensor) -> Tensor:
     return x_NLD if block.order == "post_norm" else block.mixer_norm(x_NLD)
 
 
-def mixer_output(block: Block, x_NLD: Tensor) -> Tensor:
+Shared = dict[str, Tensor]  # what all layers of a pass may read, such as the grid of an image
+
+
+def mixer_output(block: Block, x_NLD: Tensor, shared: Shared | None = None) -> Tensor:
     """What a block's mixer returns, from the block's input; float32."""
-    return block.mixer(mixer_input(block, x_NLD))[0].float()
+    extra = {"shared": block.sees(shared)} if block.mixer.shares else {}
+    return block.mixer(mixer_input(block, x_NLD), **extra)[0].float()
 
 
-def run_layers(blocks: Iterable[nn.Module], x_NLD: Tensor) -> Tensor:
+def run_layers(blocks: Iterable[nn.Module], x_NLD: Tensor, shared: Shared | None = None) -> Tensor:
     """The blocks one after the other on whole rows."""
-    shared: dict[str, Tensor] = {}
+    shared = dict(shared or {})
     for block in blocks:
         x_NLD = block(x_NLD, None, None, None, shared)[0]
     return x_NLD
 
 
 def embed(model: Any, tokens_NL: Tensor) -> Tensor:
-    """The input of the first layer."""
-    backbone = model.model
-    return backbone._embed(backbone.embed_tokens(tokens_NL), None, None, None, None)
+    """The input of the first layer, of tokens or images."""
+    return model.model._embed(model.model.embed(tokens_NL)[0], None, None, None, None)
 
 
 def before_head(model: Any, x_NLD: Tensor) -> Tensor:
-    """What the last linear map reads, (N, L, D), or for a task with one answer a sequence the answer itself, (N, E)."""
+    """What the last linear map reads, (N, L, D), or for a task with one answer a row the answer itself, (N, E)."""
     task, x_NLD = model.config.task, model.model.finish(x_NLD)
     if task == "causal-lm":
         return x_NLD
     if task == "masked-lm":
         return x_NLD if model.transform is None else model.transform(x_NLD)
+    if task == "image-classification":
+        return model.answer(x_NLD)
     pooled_ND = pool(x_NLD, None, model.config.pooling)
     if task == "sentence-embedding":
         return pooled_ND
@@ -129,10 +136,11 @@ def before_head(model: Any, x_NLD: Tensor) -> Tensor:
 
 
 class Trace:
-    """The teacher's pass over the calibration tokens.
+    """The teacher's pass over the calibration tokens (N, L), or images (N, channels, rows, columns).
 
     `inputs[i]` is the input of layer i (N, L, D, float32) and `inputs[-1]` the output of the last. `stats` holds an
-    `AttentionStats` for each attention layer, measured in the same pass (None with `with_stats=False`).
+    `AttentionStats` for each attention layer, measured in the same pass (None with `with_stats=False`). `shared` is
+    what the layers may share, `length` how long the sequences are.
     """
 
     def __init__(
@@ -144,6 +152,9 @@ class Trace:
         self.model, self.fast = model, fast
         self.tokens_NL = tokens_NL.to(next(model.parameters()).device)
         self.task = model.config.task
+        with torch.no_grad():
+            first_1LD, self.shared = model.model.embed(self.tokens_NL[:1])
+        self.length = first_1LD.shape[1]
         blocks = model.model.layers
         sums = {i: StatsSum() for i, b in enumerate(blocks) if with_stats and b.mixer.name == "attention"}
         parts: list[list[Tensor]] = [[] for _ in range(len(blocks) + 1)]
@@ -151,7 +162,7 @@ class Trace:
         with torch.no_grad(), fast_autocast(model, fast):
             for rows in self.groups(range(len(tokens_NL))):
                 x_NLD = embed(model, self.tokens_NL[rows])
-                shared: dict[str, Tensor] = {}
+                shared = dict(self.shared)
                 for i, block in enumerate(blocks):
                     parts[i].append(x_NLD)
                     if i in sums:
@@ -166,7 +177,7 @@ class Trace:
 
     def groups(self, rows: Iterable[int]) -> list[list[int]]:
         """The rows in groups that are run at once."""
-        rows, size = list(rows), max(1, TOKENS_AT_ONCE // self.tokens_NL.shape[1])
+        rows, size = list(rows), max(1, TOKENS_AT_ONCE // self.length)
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     @torch.no_grad()
@@ -178,7 +189,7 @@ class Trace:
         total = 0.0
         with fast_autocast(self.model, self.fast):
             for group in self.groups(range(len(rows))):
-                x = run_layers(list(blocks)[first:], x_NLD[group])
+                x = run_layers(list(blocks)[first:], x_NLD[group], self.shared)
                 total += self.distance_of_end(x, [rows[i] for i in group]) * len(group)
         mean = total / len(rows)
         return mean if mean == mean else float("inf")
@@ -188,7 +199,7 @@ class Trace:
         end, teacher = before_head(self.model, x_NLD).float(), self.ends[list(rows)]
         if self.task == "sentence-embedding":
             return float((1 - F.cosine_similarity(end, teacher, dim=-1)).mean())
-        if self.task == "sequence-classification":
+        if self.task in CLASSIFIERS:
             if end.shape[-1] == 1:
                 return float(F.mse_loss(end, teacher))
             return float(F.kl_div(end.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean"))
@@ -228,12 +239,10 @@ class Trace:
 
         `x_NLD` is the output of the last layer on `rows`.
         """
-        if self.task == "sentence-embedding" or (
-            self.task == "sequence-classification" and self.model.config.num_labels == 1
-        ):
+        if self.task == "sentence-embedding" or (self.task in CLASSIFIERS and self.model.config.num_labels == 1):
             return None
         end, teacher = before_head(self.model, x_NLD).float(), self.ends[list(rows)]
-        if self.task == "sequence-classification":
+        if self.task in CLASSIFIERS:
             return float((end.argmax(-1) == teacher.argmax(-1)).float().mean())
         head, step = self.model.lm_head, max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
         pairs = zip(end.flatten(0, 1).split(step), teacher.flatten(0, 1).split(step), strict=True)
@@ -242,7 +251,13 @@ class Trace:
 
 
 def check_tokens(model: ZooPreTrainedModel, tokens_NL: Tensor) -> None:
-    """Raise ConversionError unless the tokens are (N, L) ids that the model can read."""
+    """Raise ConversionError unless the tokens are (N, L) ids, or images, that the model can read."""
+    if model.config.task == "image-classification":
+        try:
+            model.model.patches.grid_size(tokens_NL)
+        except ValueError as error:
+            raise ConversionError(f"calibration data: {error}") from None
+        return
     if tokens_NL.dim() != 2 or not tokens_NL.numel() or tokens_NL.is_floating_point():
         raise ConversionError(f"calibration tokens must be integers (rows, length), got shape {tuple(tokens_NL.shape)}")
     config = model.config

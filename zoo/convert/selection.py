@@ -232,7 +232,7 @@ def _toggled(
             if each and i in mixers:
                 with mixer_swapped(block, mixers[i] if i in kept else old[i]):
                     distances[i] = trace.distance(i, x_NLD, rows, blocks)
-            x_NLD = torch.cat([run_layers([block], x_NLD[group]) for group in trace.groups(rows)])
+            x_NLD = torch.cat([run_layers([block], x_NLD[group], trace.shared) for group in trace.groups(rows)])
         return trace.distance(len(blocks), x_NLD, rows, blocks), distances
     finally:
         for i, mixer in old.items():

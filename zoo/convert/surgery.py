@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,6 +81,13 @@ def attention_layers(model: ZooPreTrainedModel) -> list[int]:
     return [i for i, block in enumerate(model.model.layers) if block.mixer.name == "attention"]
 
 
+def attention_of(model: ZooPreTrainedModel, layer: int) -> AttentionWeights:
+    """A layer's softmax attention as numbers, with what only the model knows about it."""
+    image = model.config.spec.image
+    weights = model.model.layers[layer].mixer.attention_weights()
+    return replace(weights, special_tokens=0 if image is None else image.prefix)
+
+
 @torch.no_grad()
 def make_mixer(
     teacher: ZooPreTrainedModel, layer: int, spec: MixerSpec, stats: AttentionStats | None = None
@@ -92,7 +100,7 @@ def make_mixer(
     if old.name != "attention":
         raise ConversionError(f"layer {layer} is {old.name!r}, not attention; there is nothing to convert in it")
     refuse_shared(teacher, [layer])
-    attention = old.attention_weights()
+    attention = attention_of(teacher, layer)
     options = layer_options(mixer_spec(spec), attention)
     cls: Any = mixer_class(options.name)
     new = cls.from_attention(options, attention, stats)

@@ -94,15 +94,16 @@ class Attention(QKVMixer):
             raise ConversionError(
                 "attention with qk_norm_span: all cannot be converted: other mixers norm head by head"
             )
+        biases = {n: None if (b := getattr(self, f"{n}_proj").bias) is None else b.detach() for n in "qkvo"}
         return AttentionWeights(
             q_HKD=self.q_proj.weight.detach(),
             k_GKD=self.k_proj.weight.detach(),
             v_GVD=self.v_proj.weight.detach(),
             o_DHV=self.o_proj.weight.detach(),
-            **{
-                f"{n}_bias": None if (b := getattr(self, f"{n}_proj").bias) is None else b.detach()
-                for n in ("q", "k", "v", "o")
-            },
+            q_bias=biases["q"],
+            k_bias=biases["k"],
+            v_bias=biases["v"],
+            o_bias=biases["o"],
             num_heads=c.num_heads,
             num_kv_heads=c.kv_heads,
             head_dim=c.head_dim,

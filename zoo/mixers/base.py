@@ -92,7 +92,8 @@ class AttentionWeights:
     """A softmax-attention layer as numbers, whatever model it came from; what every `from_attention` starts from.
 
     Weights are as in `nn.Linear`: (out, in). Query, key and value rows are grouped by head. `qk_norm` holds the RMSNorm
-    weights (K,) of queries and keys, applied per head before the rotary positions.
+    weights (K,) of queries and keys, applied per head before the rotary positions. `special_tokens` is how many tokens
+    at the start of every sequence are not part of the text or image, where that is known (class tokens).
     """
 
     q_HKD: Tensor  # (H*K, D)
@@ -113,6 +114,7 @@ class AttentionWeights:
     scale: float
     causal: bool = True
     window: int | None = None
+    special_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -272,7 +272,7 @@ class Longformer(SlidingWindow):
     @classmethod
     def conversion_defaults(cls, attention: AttentionWeights) -> dict[str, Any]:
         window = {} if attention.window is None else {"window": attention.window}
-        return {"global_tokens": 4 if attention.causal else 1, **window}
+        return {"global_tokens": 4 if attention.causal else max(1, attention.special_tokens), **window}
 
     def start_from(self, attention: AttentionWeights, stats: AttentionStats | None) -> None:
         self.reset_parameters(0.02)  # once more, now that the local projections are attention's

@@ -21,11 +21,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from zoo.config import LayerSpec, ModelSpec, ZooConfig
-from zoo.errors import TraitError
+from zoo.errors import ConfigError, TraitError
 from zoo.ffn.base import ChannelMixer
 from zoo.linear import Linear, NoNorm
 from zoo.mixers.base import SequenceMixer, State
 from zoo.models.axial import axial_positions
+from zoo.models.images import PatchEmbedding, PatchMerging, stage_of
 from zoo.models.reversible import can_recompute, check_reversible, reversible_stack
 from zoo.models.shared import add_earlier_runs, make_layers
 from zoo.models.state import StateLayer, as_state_cache, state_cache
@@ -47,16 +48,17 @@ class Block(GradientCheckpointingLayer):
     runs_as: str | None = None  # a name, where the block runs more than once in a pass
     auxiliary_loss: Tensor | None = None  # what the block itself added to the loss in the last forward
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, width: int | None = None) -> None:
         super().__init__()
+        width = width or spec.hidden_size
         self.order = spec.block
-        self.mixer_norm = make_norm(spec)
-        self.mixer: Any = mixer_class(layer.mixer.name)(layer.mixer, spec.hidden_size)
+        self.mixer_norm = make_norm(spec, width)
+        self.mixer: Any = mixer_class(layer.mixer.name)(layer.mixer, width)
         self.ffn_norm: nn.Module | None = None
         self.ffn: nn.Module | None = None
         if layer.ffn is not None:
-            self.ffn_norm = make_norm(spec)
-            self.ffn = ffn_class(layer.ffn.name)(layer.ffn, spec.hidden_size)
+            self.ffn_norm = make_norm(spec, width)
+            self.ffn = ffn_class(layer.ffn.name)(layer.ffn, width)
 
     def forward(
         self,
@@ -105,6 +107,10 @@ class Block(GradientCheckpointingLayer):
         z_BLD, state = feed(self.ffn_norm(x_BLD), state)
         return (x_BLD + z_BLD if self.order == "pre_norm" else x_BLD + y_BLD + z_BLD), state
 
+    def sees(self, shared: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """What of `shared` a mixer in this block gets, when it is called by itself."""
+        return dict(shared or {})
+
     def init_state(self, batch_size: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         """The state of the sequence mixer, and of the channel mixer where it has one, before the first position."""
         state = self.mixer.init_state(batch_size, device=device, dtype=dtype)
@@ -120,6 +126,36 @@ def make_block(spec: ModelSpec, layer: LayerSpec) -> Block:
     from zoo.models.depth import RoutedBlock
 
     return RoutedBlock(spec, layer)
+
+
+class StageBlock(Block):
+    """A block of a hierarchical model of images: as wide as its stage, which it may end by merging patches."""
+
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, index: int) -> None:
+        assert spec.image is not None
+        stage, last = stage_of(spec.image, index)
+        width = spec.hidden_size << stage
+        super().__init__(spec, layer, width)
+        self.grid = f"grid_RC.{stage}" if stage else "grid_RC"
+        self.merge = PatchMerging(width, make_norm(spec, 4 * width)) if last else None
+
+    def sees(self, shared: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        if shared is None or self.grid not in shared:
+            raise ValueError("a hierarchical model needs the grid of its images: give pixel_values")
+        return {**shared, "grid_RC": shared[self.grid]}
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        mask_BL: Tensor | None,
+        segments_BL: Tensor | None,
+        state: State | None,
+        shared: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """One block, and the merging of patches behind it."""
+        seen = self.sees(shared)
+        x_BLD, state = super().forward(x_BLD, mask_BL, segments_BL, state, seen)
+        return (x_BLD if self.merge is None else self.merge(x_BLD, seen["grid_RC"])), state
 
 
 class ZooPreTrainedModel(PreTrainedModel):
@@ -176,18 +212,27 @@ class ZooPreTrainedModel(PreTrainedModel):
         return loss if extra is None else loss + extra
 
 
+def _layers(spec: ModelSpec) -> nn.ModuleList:
+    if spec.image is None or spec.image.stages is None:
+        return make_layers(spec, make_block)
+    if spec.block == "reversible" or any(x.same_as is not None or x.depth is not None for x in spec.layers):
+        raise ConfigError("image.stages: a hierarchical model has no reversible blocks, no same_as and no depth")
+    return nn.ModuleList(StageBlock(spec, layer, i) for i, layer in enumerate(spec.layers))
+
+
 def _is_ours(module: nn.Module) -> bool:
     return not type(module).__module__.startswith("torch.")
 
 
 class ZooModel(ZooPreTrainedModel):
-    """Token ids to hidden states, for every architecture in the registry."""
+    """Token ids or images to hidden states, for every architecture in the registry."""
 
     def __init__(self, config: ZooConfig) -> None:
         super().__init__(config)
         spec = config.spec
         check_reversible(spec)
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.word_size)
+        self.patches = None if spec.image is None else PatchEmbedding(spec.image, spec.hidden_size)
+        self.embed_tokens: Any = None if spec.image else nn.Embedding(spec.vocab_size, spec.word_size)
         if spec.axial_shape or spec.axial_dims:
             self.embed_positions: nn.Module = axial_positions(spec)
         elif spec.positions == "learned":
@@ -200,7 +245,7 @@ class ZooModel(ZooPreTrainedModel):
             read = spec.embedding_context * spec.embedding_size
             self.project_in = Linear(read, spec.hidden_size, bias=spec.embedding_projection_bias)
         self.dropout = nn.Dropout(spec.embedding_dropout)
-        self.layers: Any = make_layers(spec, make_block)  # whose type forgets the Blocks
+        self.layers: Any = _layers(spec)  # whose type forgets the Blocks
         for i in reversed(range(len(self.layers))):  # a block that comes more than once has its first place
             for part in self.layers[i].modules():
                 if isinstance(part, SequenceMixer | ChannelMixer):
@@ -221,6 +266,7 @@ class ZooModel(ZooPreTrainedModel):
         attention_mask: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -233,6 +279,7 @@ class ZooModel(ZooPreTrainedModel):
 
         Args:
             input_ids: (B, L) token ids; or `inputs_embeds` (B, L, D).
+            pixel_values: (B, channels, rows, columns), in place of token ids where the model is one of images.
             attention_mask: (B, L) or, with a cache, (B, past + L); 0 marks padding, anywhere in a row.
             token_type_ids: (B, L), for models with token types.
             segment_ids: (B, L) ids of packed sequences, which do not see each other. Not with a cache.
@@ -243,15 +290,18 @@ class ZooModel(ZooPreTrainedModel):
 
         Raises ValueError for a mask that is not two-dimensional, and for positions beyond the learned ones.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x_BLD: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        inputs = input_ids if pixel_values is None else pixel_values
+        if (inputs is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds (of pixel_values, for images)")
+        shared: dict[str, Tensor] = {}
+        x_BLD: Any = inputs_embeds
+        if inputs is not None:
+            x_BLD, shared = self.embed(inputs)
         cache = self._cache(past_key_values, use_cache, segment_ids)
         mask_BL = self._mask(attention_mask, x_BLD.shape[1])
         x_BLD = self._embed(x_BLD, mask_BL, token_type_ids, segment_ids, cache)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden, layers = [], self.layers
-        shared: dict[str, Tensor] = {}
         recompute = self.training and torch.is_grad_enabled() and cache is None and not keep and run_block is None
         if recompute and not torch.compiler.is_compiling() and can_recompute(self.layers):
             layers, x_BLD = [], reversible_stack(self.layers, x_BLD, mask_BL, segment_ids)
@@ -273,6 +323,15 @@ class ZooModel(ZooPreTrainedModel):
         if self.norm is not None:
             x_BLD = self.norm(x_BLD)
         return x_BLD if self.project_out is None else self.project_out(x_BLD)
+
+    def embed(self, inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        """The sequence (B, L, D) of token ids or pixel values, and what all layers may share in this pass.
+
+        Of images that is `grid_RC`, (rows, columns): where in the sequence each patch stands; `grid_RC.1` in stage 1.
+        """
+        if self.patches is None:
+            return self.embed_tokens(inputs), {}
+        return self.patches(inputs), self.patches.grids(inputs)
 
     def _cache(self, cache: Cache | None, use_cache: bool | None, segment_ids: Tensor | None) -> Any:
         if use_cache is None:

@@ -133,10 +133,10 @@ def flops_per_token(model: Any, length: int) -> float | None:
     for block in model.model.layers:
         taken = _tokens(block, length)
         for part in (block.mixer, block.ffn):
-            kind = repr((part.config, taken)) if part is not None else ""
+            kind = repr((part.config, taken, block.mixer.width)) if part is not None else ""
             if part is not None and kind not in known:
                 try:
-                    known[kind] = _products(part, taken, model.config.hidden_size) * (taken / length)
+                    known[kind] = _products(part, taken, block.mixer.width) * (taken / length)
                 except (NotImplementedError, RuntimeError, ConfigError):  # asked for a number, or too long for it
                     return None
             total += known.get(kind, 0.0)

@@ -1,7 +1,8 @@
-"""Heads on the backbone: causal LM, masked LM, sequence classification, sentence embedding."""
+"""Heads on the backbone: causal LM, masked LM, sequence and image classification, sentence embedding."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForImageClassification as AutoImageClassifier
 from transformers import AutoModelForSequenceClassification as AutoClassifier
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -19,6 +21,7 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
     SequenceClassifierOutputWithPast,
 )
+from transformers.utils import ModelOutput
 
 from zoo.config import ModelSpec, ZooConfig
 from zoo.errors import TraitError
@@ -191,6 +194,16 @@ def pool(x_BLD: Tensor, attention_mask: Tensor | None, how: str) -> Tensor:
     return x_BLD[torch.arange(x_BLD.shape[0], device=x_BLD.device), index_B]
 
 
+def classification_loss(config: ZooConfig, logits: Tensor, labels: Tensor) -> Tensor:
+    """Of `problem_type`; where it is unset, squared error for one label and cross-entropy for several."""
+    kind = config.problem_type or ("regression" if logits.shape[-1] == 1 else "single_label_classification")
+    if kind == "regression":
+        return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+    if kind == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    return F.cross_entropy(logits, labels)
+
+
 class ZooForSequenceClassification(ZooPreTrainedModel):
     """A label (or a number, for one label) for each sequence."""
 
@@ -218,14 +231,7 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
         logits = self.answer(pooled)
         loss = None
         if labels is not None:
-            kind = self.config.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
-            if kind == "regression":
-                loss = F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-            elif kind == "multi_label_classification":
-                loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-            else:
-                loss = F.cross_entropy(logits, labels)
-            loss = self.with_auxiliary(loss)
+            loss = self.with_auxiliary(classification_loss(self.config, logits, labels))
         return SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
     def answer(self, pooled_BD: Tensor) -> Tensor:
@@ -256,11 +262,90 @@ class ZooForSentenceEmbedding(ZooPreTrainedModel):
         )
 
 
+@dataclass
+class ImageClassifierOutput(ModelOutput):
+    """Of `ZooForImageClassification`. `logits` is the mean of the two heads' where there are two."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    class_logits: Tensor | None = None
+    distillation_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class ZooForImageClassification(ZooPreTrainedModel):
+    """A label for each image, read from the class token, the mean of the patches, or the last patch (`pooling`).
+
+    With a distillation head (DeiT, Touvron et al. 2020, arXiv 2012.12877) a second classifier reads the second token.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]  # noqa: RUF012 (transformers' type)
+
+    def __init__(self, config: ZooConfig) -> None:
+        super().__init__(config)
+        self.num_labels = int(config.num_labels or 0)
+        self.model = ZooModel(config)
+        image: Any = config.spec.image
+        self.image = image
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = Linear(config.spec.stack_size, self.num_labels)
+        self.distillation_classifier = None
+        if image.distillation_head:
+            self.distillation_classifier = Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        teacher_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput:
+        """Logits (B, num_labels); a loss where `labels` (B,) are given, as for sequences.
+
+        Args:
+            pixel_values: (B, channels, rows, columns), normalised as the model expects.
+            labels: what the class head learns.
+            teacher_labels: what the distillation head learns: a teacher's answers; by default `labels`. Both heads have
+                half of the loss (DeiT's hard distillation).
+        """
+        out = self.model(pixel_values=pixel_values, **{**kwargs, "use_cache": False})
+        first, second = self.both_answers(out.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = classification_loss(self.config, first, labels)
+            if second is not None:
+                targets = labels if teacher_labels is None else teacher_labels
+                loss = (loss + classification_loss(self.config, second, targets)) / 2
+            loss = self.with_auxiliary(loss)
+        logits = first if second is None else (first + second) / 2
+        return ImageClassifierOutput(loss, logits, first, second, out.hidden_states)
+
+    def both_answers(self, x_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of the class head and of the distillation head, from the backbone's output."""
+        if self.config.pooling == "cls":
+            pooled_BD = x_BLD[:, 0]
+        else:
+            pooled_BD = pool(x_BLD[:, self.image.prefix :], None, self.config.pooling)
+        first = self.classifier(self.dropout(pooled_BD))
+        if self.distillation_classifier is None:
+            return first, None
+        return first, self.distillation_classifier(self.dropout(x_BLD[:, 1]))
+
+    def answer(self, x_BLD: Tensor) -> Tensor:
+        """Logits (B, num_labels) from the backbone's output."""
+        first, second = self.both_answers(x_BLD)
+        return first if second is None else (first + second) / 2
+
+
 TASK_CLASSES: dict[str, type[ZooPreTrainedModel]] = {
     "causal-lm": ZooForCausalLM,
     "masked-lm": ZooForMaskedLM,
     "sequence-classification": ZooForSequenceClassification,
     "sentence-embedding": ZooForSentenceEmbedding,
+    "image-classification": ZooForImageClassification,
 }
 
 AutoConfig.register("zoo", ZooConfig)
@@ -268,3 +353,4 @@ AutoModel.register(ZooConfig, ZooModel)
 AutoModelForCausalLM.register(ZooConfig, ZooForCausalLM)
 AutoModelForMaskedLM.register(ZooConfig, ZooForMaskedLM)
 AutoClassifier.register(ZooConfig, ZooForSequenceClassification)
+AutoImageClassifier.register(ZooConfig, ZooForImageClassification)

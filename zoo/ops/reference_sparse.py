@@ -1,6 +1,6 @@
 """Sparse attention as a dense matrix: who sees whom is written out pair by pair, then one softmax.
 
-Slow and obvious; `dilated_window.py` and `block_sparse.py` are tested against it.
+Slow and obvious; `dilated_window.py`, `block_sparse.py` and `shifted_window.py` are tested against it.
 """
 
 from __future__ import annotations
@@ -81,3 +81,38 @@ def block_sparse_attention_reference(
                 for j in seen:
                     count[row, head, queries[:, None], blocks[j]] += 1
     return counted_attention_reference(q_BHLK, k_BGLK, v_BGLV, count, k**-0.5 if scale is None else scale)
+
+
+def shifted_window_attention_reference(
+    q_BHLK: Tensor,
+    k_BGLK: Tensor,
+    v_BGLV: Tensor,
+    bias_PH: Tensor,
+    *,
+    window: int,
+    shift: int = 0,
+    grid: tuple[int, int] | None = None,
+    scale: float | None = None,
+    mask_BL: Tensor | None = None,
+) -> Tensor:
+    """See `zoo.ops.shifted_window.shifted_window_attention`; masked inputs must be finite."""
+    L, K = q_BHLK.shape[2:]
+    rows, columns = (1, L) if grid is None else grid
+    special = L - rows * columns
+    place_L = torch.arange(L, device=q_BHLK.device) - special
+    near_LL = torch.ones(L, L, dtype=torch.bool, device=q_BHLK.device)
+    index_LL = torch.zeros_like(near_LL, dtype=torch.long)
+    for place, side, factor in ((place_L // columns, rows, 2 * window - 1), (place_L % columns, columns, 1)):
+        whole = factor > 1 if grid is None else side <= window  # a sequence is one row
+        part_L = torch.zeros_like(place) if whole else torch.div(place - shift, window, rounding_mode="floor")
+        near_LL = near_LL & (part_L[:, None] == part_L)
+        index_LL = index_LL + factor * (place[:, None] - place + window - 1)
+    other_LL = (place_L[:, None] < 0) | (place_L < 0)
+    bias_HLL = bias_PH[index_LL.masked_fill(other_LL | ~near_LL, 0)].permute(2, 0, 1).masked_fill(other_LL, 0)
+    seen = (near_LL | other_LL)[None, None]
+    if mask_BL is not None:
+        seen = seen & mask_BL[:, None, None] & mask_BL[:, None, :, None]
+    k_BHLK, v_BHLV = (x.repeat_interleave(q_BHLK.shape[1] // x.shape[1], 1) for x in (k_BGLK, v_BGLV))
+    scores_BHLL = (K**-0.5 if scale is None else scale) * q_BHLK @ k_BHLK.mT + bias_HLL
+    weights_BHLL = scores_BHLL.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return weights_BHLL @ v_BHLV

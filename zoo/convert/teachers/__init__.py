@@ -8,6 +8,9 @@ from zoo.convert.teachers import (  # noqa: F401 (each registers its family)
     llama,
     mobile_bert,
     opt,
+    swin,
+    timm_models,
+    vit,
 )
 from zoo.convert.teachers.adapter import Packed, TeacherAdapter, list_teachers, register_teacher, rotary_of
 from zoo.convert.teachers.importing import Teacher, load_teacher, save_original, write_back

@@ -1,11 +1,12 @@
 """What a family of Transformers must say so that its models can be imported exactly and written back.
 
-An adapter is four lookups, and nothing in it runs a model:
+An adapter is four lookups (five, where parameters stand outside modules), and nothing in it runs a model:
 
     architectures    original class -> task
     only             option -> the values that can be expressed; any other value is refused by name
     spec             original config -> fields of `ZooConfig`
     modules          original module names -> ours, "{i}" standing for the layer
+    tensors          original parameters that are not a module's weight or bias -> ours
 
 `register_teacher` makes it known, also from outside the package.
 """
@@ -22,6 +23,7 @@ import torch
 import transformers
 from pydantic import ValidationError
 from torch import Tensor
+from transformers import AutoConfig
 
 from zoo.errors import ConfigError, ConversionError, did_you_mean
 from zoo.ops.rotary import RotaryConfig
@@ -80,6 +82,27 @@ class TeacherAdapter(ABC):
     def modules(self, config: Any, architecture: str) -> dict[str, str | Packed]:
         """Original module names to ours; weights and biases follow."""
 
+    def fields(self, config: Any, architecture: str) -> dict[str, Any]:
+        """Fields of `ZooConfig` for one of the classes; to be overridden where two classes of one task differ."""
+        task = self.architectures[architecture]
+        return {**self.spec(config, task), "task": task}
+
+    def tensors(self, config: Any, architecture: str) -> dict[str, str]:
+        """Original tensors that are not the weight or bias of a module, each by its full name, to ours."""
+        return {}
+
+    def wrap(self, model: Any) -> Any:
+        """A model of another library as a transformers model around it; None where it is not of this family."""
+        return None
+
+    def config(self, values: dict[str, Any]) -> Any:
+        """The original config from the JSON types that an import keeps in `origin`."""
+        return AutoConfig.for_model(**values)
+
+    def probe(self, config: Any) -> dict[str, Tensor] | None:
+        """Arguments, of the original's forward and of ours, for the check of an import; None: random rows of tokens."""
+        return None
+
     def original_class(self, architecture: str) -> type:
         """The original class by name."""
         return getattr(transformers, architecture)
@@ -117,10 +140,16 @@ class TeacherAdapter(ABC):
     def import_tensors(self, config: Any, architecture: str, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our state dict from the original's. Raises ConversionError for a tensor that has no place here."""
         modules, places, ours = self.modules(config, architecture), self.our_layers(config), {}
+        bare = self.tensors(config, architecture)
         for key, tensor in theirs.items():
             if key in self.copies or self.is_dropped(key):
                 continue
             pattern, i, parameter = split_key(key)
+            if key in bare:
+                ours[bare[key]] = tensor
+                continue
+            if (exact := key.rpartition(".")[0]) in modules:
+                pattern, i = exact, ""
             if pattern not in modules:
                 raise ConversionError(
                     f"{architecture}: tensor {key!r} has no place in a zoo model; "
@@ -135,7 +164,7 @@ class TeacherAdapter(ABC):
 
     def export_tensors(self, config: Any, architecture: str, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The original's state dict from ours; the inverse of `import_tensors`."""
-        theirs: dict[str, Tensor] = {}
+        theirs = {name: ours[mine] for name, mine in self.tensors(config, architecture).items()}
         for name, target in self.modules(config, architecture).items():
             target = as_packed(target)
             for i, place in enumerate(self.our_layers(config) if "{i}" in name else [0]):
@@ -218,6 +247,12 @@ def list_teachers() -> dict[str, tuple[str, ...]]:
 
     list_mixers()  # loads the plugins, which may register families
     return {name: _ADAPTERS[name].model_types for name in sorted(_ADAPTERS)}
+
+
+def wrapped(model: Any) -> Any:
+    """A model of another library as a transformers model, where a family knows how; anything else as it is."""
+    found = (adapter.wrap(model) for adapter in _ADAPTERS.values())
+    return next((wrapper for wrapper in found if wrapper is not None), model)
 
 
 def adapter_for(model_type: str | None) -> TeacherAdapter:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from zoo.config import ZooConfig
-from zoo.convert.teachers.adapter import TeacherAdapter, adapter_for
+from zoo.convert.teachers.adapter import TeacherAdapter, adapter_for, wrapped
 from zoo.convert.teachers.parity import check_parity
 from zoo.convert.teachers.sources import (
     Opened,
@@ -48,7 +48,7 @@ class Teacher:
 
     @property
     def task(self) -> str:
-        """What the model does: "causal-lm", "masked-lm", "sequence-classification" or "sentence-embedding"."""
+        """What the model does, such as "causal-lm" or "image-classification"; see `zoo.config.Task`."""
         return self.model.config.task
 
 
@@ -57,8 +57,8 @@ def load_teacher(source: Any, *, task: str | None = None, tokenizer: Any = None,
 
     Args:
         source: a Hub name (``"org/name"``, ``"org/name@revision"``), a folder of transformers or sentence-transformers,
-            a ``.gguf`` file, a transformers model (which is left as it is), or a zoo model (folder or object) with
-            attention in every layer.
+            a ``.gguf`` file, a transformers or timm model (which is left as it is), or a zoo model (folder or object)
+            with attention in every layer.
         task: which of a family's classes to load; by default the one that the config names.
         tokenizer: a tokenizer or its name, in place of the one beside the weights.
         check: compare with the original on random tokens, and refuse what differs by more than 1e-4.
@@ -68,6 +68,7 @@ def load_teacher(source: Any, *, task: str | None = None, tokenizer: Any = None,
     """
     if isinstance(source, ZooPreTrainedModel):
         return _from_zoo(source, type(source).__name__, task, tokenizer)
+    source = wrapped(source)
     if isinstance(source, PreTrainedModel):
         opened = _opened_object(source, task, tokenizer)
     elif isinstance(source, str | Path):
@@ -78,7 +79,7 @@ def load_teacher(source: Any, *, task: str | None = None, tokenizer: Any = None,
         opened = open_source(where, task=task, tokenizer=tokenizer)
     else:
         raise ConversionError(
-            f"a teacher is a name, a folder, a GGUF file or a transformers model, not {type(source).__name__}"
+            f"a teacher is a name, a folder, a GGUF file or a transformers (or timm) model, not {type(source).__name__}"
         )
     adapter = adapter_for(opened.model.config.model_type)
     model = import_model(opened, adapter)
@@ -99,7 +100,7 @@ def _opened_object(original: PreTrainedModel, task: str | None, tokenizer: Any) 
         raise ConversionError(f"{architecture} is a model for {supported[architecture]}, not for {task}")
     name = original.name_or_path or architecture
     revision = getattr(config, "_commit_hash", None)
-    return Opened(original, name, revision, given_tokenizer(tokenizer, config.vocab_size))
+    return Opened(original, name, revision, given_tokenizer(tokenizer, getattr(config, "vocab_size", 0)))
 
 
 @torch.no_grad()
@@ -125,7 +126,7 @@ def import_model(opened: Opened, adapter: TeacherAdapter) -> ZooPreTrainedModel:
         "dropped": [key for key in theirs if adapter.is_dropped(key)],
     }
     carried = {name: copy.deepcopy(getattr(config, name, None)) for name in _CARRIED}
-    values = {**adapter.spec(config, task), **opened.fields, "task": task, "origin": origin}
+    values = {**adapter.fields(config, architecture), **opened.fields, "origin": origin}
     values |= {name: value for name, value in carried.items() if value is not None}
     values["tie_word_embeddings"] = plain.get("tie_word_embeddings", False)
     cls = TASK_CLASSES[task]
@@ -178,18 +179,18 @@ def refuse_other_mixers(model: Any, law: str) -> None:
     origin, names = model.config.origin, model.config.mixer_names
     wanted = ["attention"] * len(names)
     if "architecture" in origin:
-        wanted = [layer["mixer"]["name"] for layer in original_layers(origin, model.config.task)]
+        wanted = [layer["mixer"]["name"] for layer in original_layers(origin)]
     pairs = enumerate(zip(names, wanted, strict=True))
     others = [f"{i} ({name})" for i, (name, meant) in pairs if name != meant]
     if others:
         raise ConversionError(f"{law}, but layers {', '.join(others)} have not")
 
 
-def original_layers(origin: dict[str, Any], task: str) -> list[dict[str, Any]]:
+def original_layers(origin: dict[str, Any]) -> list[dict[str, Any]]:
     """The layers of an imported model as they were when it came."""
     values = origin["config"]
     adapter = adapter_for(values["model_type"])
-    return ZooConfig(**{**adapter.spec(AutoConfig.for_model(**values), task), "task": task}).layers
+    return ZooConfig(**adapter.fields(adapter.config(values), origin["architecture"])).layers
 
 
 @torch.no_grad()
@@ -206,8 +207,8 @@ def write_back(model: ZooPreTrainedModel) -> PreTrainedModel:
     refuse_other_mixers(model, f"{architecture} has attention in every layer")
     values = dict(origin["config"])
     adapter = adapter_for(values["model_type"])
-    config = AutoConfig.for_model(**values)
-    wanted = original_layers(origin, model.config.task)
+    config = adapter.config(values)
+    wanted = original_layers(origin)
     for i, (has, needs) in enumerate(zip(model.config.layers, wanted, strict=True)):
         if has != needs:
             parts = [part for part in ("mixer", "ffn") if has[part] is not None]

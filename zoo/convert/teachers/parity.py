@@ -1,4 +1,4 @@
-"""Whether an imported model computes what the original computes: the largest difference on random tokens.
+"""Whether an imported model computes what the original computes: the largest difference on random inputs.
 
 Exact evaluations in float32 differ by rounding. It is about 1e-6 for most models, but 1e-4 where the residual stream
 holds numbers in the ten thousands, as in SmolLM2 (transformers' own attention kernels differ by as much there). So what
@@ -23,19 +23,13 @@ LENGTH = 32
 
 
 def check_parity(ours: Any, original: Any, adapter: TeacherAdapter) -> float:
-    """The largest difference of logits (of hidden states, for a bare encoder) on two rows, one of them padded where
-    that may be.
+    """The largest difference of logits (of hidden states, for a bare encoder).
 
+    Measured on two rows of tokens, one of them padded, or on what the adapter gives as its `probe`.
     Both models are on one device; neither is changed. Raises ConversionError above 1e-4, naming the part of the model
     that deviates first.
     """
-    ids_BL, mask_BL = random_rows(original.config, adapter.padding)
-    ids_BL, mask_BL = ids_BL.to(original.device), mask_BL.to(original.device)
-    inputs = adapter.inputs(ids_BL, mask_BL)
-    mine = {"input_ids": ids_BL, "attention_mask": mask_BL}
-    if ours.config.token_types:
-        types_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL) % ours.config.token_types
-        inputs["token_type_ids"] = mine["token_type_ids"] = types_BL
+    inputs, mine = _inputs(ours, original, adapter)
     for dtype in (torch.float32, torch.float64):
         theirs = outputs(original, inputs, dtype)
         found = outputs(ours, mine, dtype)
@@ -48,6 +42,22 @@ def check_parity(ours: Any, original: Any, adapter: TeacherAdapter) -> float:
     )
 
 
+def _inputs(ours: Any, original: Any, adapter: TeacherAdapter) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Arguments for the original and for our model."""
+    probe = adapter.probe(original.config)
+    if probe is not None:
+        probe = {name: tensor.to(original.device) for name, tensor in probe.items()}
+        return probe, probe
+    ids_BL, mask_BL = random_rows(original.config, adapter.padding)
+    ids_BL, mask_BL = ids_BL.to(original.device), mask_BL.to(original.device)
+    inputs = adapter.inputs(ids_BL, mask_BL)
+    mine = {"input_ids": ids_BL, "attention_mask": mask_BL}
+    if ours.config.token_types:
+        types_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL) % ours.config.token_types
+        inputs["token_type_ids"] = mine["token_type_ids"] = types_BL
+    return inputs, mine
+
+
 @torch.no_grad()
 def outputs(model: Any, inputs: dict[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Hidden states by layer and, last, the result, at real positions, evaluated in a dtype."""
@@ -56,9 +66,11 @@ def outputs(model: Any, inputs: dict[str, Tensor], dtype: torch.dtype) -> list[T
     with evaluating(model):
         out = model(**inputs, output_hidden_states=True)
     result = out.logits if hasattr(out, "logits") else out.last_hidden_state
+    states = (*out.hidden_states[:-1], result)  # the last one is that after the final norm; it belongs to the result
+    if "attention_mask" not in inputs:
+        return list(states)
     real_BL = inputs["attention_mask"].bool()
-    # The last hidden state is that after the final norm; it belongs to the result.
-    return [x[real_BL] if x.dim() == 3 else x for x in (*out.hidden_states[:-1], result)]
+    return [x[real_BL] if x.dim() == 3 else x for x in states]
 
 
 def random_rows(config: Any, padding: str) -> tuple[Tensor, Tensor]:
@@ -84,6 +96,8 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def first_deviation(theirs: list[Tensor], ours: list[Tensor]) -> str:
     """The part of the model in which two lists of `outputs` part."""
+    if len(theirs) != len(ours):  # they give their hidden states in another way
+        return "one of its layers"
     for i, (a, b) in enumerate(zip(theirs[:-1], ours[:-1], strict=False)):
         if not difference(a, b) <= TOLERANCE:
             return "the embedding" if i == 0 else f"layer {i - 1}"

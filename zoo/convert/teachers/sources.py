@@ -127,12 +127,11 @@ def open_source(where: Place, *, task: str | None, tokenizer: Any) -> Opened:
     task = "sentence-embedding" if fields else task
     architecture = choose_architecture(adapter, config.model_type, config.architectures, task, name)
     # Before gigabytes are read: an option or a size that cannot be expressed ends here.
-    task = adapter.architectures[architecture]
-    ZooConfig(**{**adapter.spec(config, task), "task": task})
+    ZooConfig(**adapter.fields(config, architecture))
     model = load_model(where, adapter, architecture, config)
     if "gguf_file" in where.options:
         _forget_quantization(model)
-    tokenizer = find_tokenizer(where, model.config.vocab_size, tokenizer)
+    tokenizer = find_tokenizer(where, getattr(model.config, "vocab_size", 0), tokenizer)
     return Opened(model, name, revision, tokenizer, fields)
 
 
