@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="one of the recipes, such as minilm-performer")
     parser.add_argument("--cpu-seconds", type=float, help="training of each student; default: what its recipe says")
-    parser.add_argument("--tokens", type=int, default=20480, help="held-out tokens scored")
+    parser.add_argument("--tokens", type=int, default=40960, help="held-out tokens scored")
     parser.add_argument("--validation", action="store_true", help="score on the validation documents; no cards")
     parser.add_argument("--out", type=Path, default=Path("runs/minilm"))
     parser.add_argument("--cards", type=Path, default=Path("model_cards"))

@@ -24,6 +24,7 @@ from zoo.train.checkpoint import Checkpoint
 from zoo.train.data import Batch, PackedBatches, evaluation_batches
 from zoo.train.guards import Interrupted, LossWatch
 from zoo.train.progress import Bar
+from zoo.train.recipe import Stage
 from zoo.train.run import Run, RunState, random_states, restore_random_states
 from zoo.train.stages import (
     Guide,
@@ -87,6 +88,15 @@ def _copy(target: Tensor, source: Tensor) -> None:
     target.copy_(source)
 
 
+def _set_training(student: Any, stage: Stage) -> None:
+    """Training mode; without dropout where a teacher is followed, for what is dropped cannot be known from it."""
+    student.train()
+    if stage.needs_teacher:
+        for module in student.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.eval()
+
+
 def set_gradient_checkpointing(student: Any, on: bool) -> None:
     """Compute activations again in the backward pass instead of keeping them. The method's name has changed lately."""
     verb = "enable" if on else "disable"
@@ -126,7 +136,7 @@ class StageLoop:
         check_stage(stage, student, teacher)
         if teacher is not None:
             teacher.to(self.device).eval().requires_grad_(False)
-        student.to(self.device).train()
+        _set_training(student.to(self.device), stage)
         converted = converted_layers(student, teacher)
         groups = choose_parameters(student, stage, converted)
         set_gradient_checkpointing(student, stage.gradient_checkpointing)
@@ -376,7 +386,7 @@ class StageLoop:
         for batch in self.held:
             batch = batch.to(self.device)
             total += float(self.module(batch, self.objective.teach(batch))[0])
-        self.student.train()
+        _set_training(self.student, self.stage)
         loss = total / len(self.held)
         row = {"step": self.state.step, "stage": self.index, "kind": self.stage.kind, "held_out_loss": loss}
         if self.accelerator.is_main_process:

@@ -38,6 +38,18 @@ def pair():
     return make_student(teacher), teacher
 
 
+def test_dropout_is_off_where_a_teacher_is_followed():
+    """An equal student is at no distance from it; without a teacher dropout is on as ever."""
+    teacher = make_teacher(embedding_dropout=0.5)
+    student = make_student(teacher, layers=())
+    stage = {"train": "all", "lr": 1e-12, "budget": {"tokens": 32}}
+    assert distill(student, teacher, {**stage, "loss": {"hidden": 1.0}}).log[0]["loss"] < 1e-9
+    losses = []
+    for student.model.dropout.p in (0.5, 0.0):
+        losses.append(distill(student, None, {**stage, "kind": "finetune"}).log[0]["loss"])
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_align_then_distill_bring_the_student_nearer(pair, precision):
     student, teacher = pair
