@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.registry import mixer_class
+from zoo.registry import ffn_class, mixer_class
 
 WIDTH, HEADS = 512, 8
 Layer = Callable[[Tensor], Tensor]
@@ -231,6 +231,56 @@ def nystromformer(length: int) -> Made:
     return layer, layer
 
 
+def reformer(kind: str) -> Callable[[int], Made]:
+    """The layers of the published Reformers; theirs ends before the output projection, which `WithOutput` adds."""
+
+    def make(length: int) -> Made:
+        from transformers import ReformerConfig
+        from transformers.models.reformer import modeling_reformer as peer
+
+        config = ReformerConfig(
+            hidden_size=WIDTH, num_attention_heads=HEADS, attention_head_size=WIDTH // HEADS, is_decoder=True,
+            lsh_attn_chunk_length=64, local_attn_chunk_length=64, num_hashes=2, num_buckets=length // 32, hash_seed=0,
+            lsh_attention_probs_dropout_prob=0.0, local_attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        cls = peer.LSHSelfAttention if kind == "lsh" else peer.LocalSelfAttention
+        layer = WithOutput(cls(config).train())
+        return layer, layer
+
+    return make
+
+
+def fnet(length: int) -> Made:
+    from transformers import FNetConfig
+    from transformers.models.fnet.modeling_fnet import FNetBasicFourierTransform
+
+    layer = FNetBasicFourierTransform(FNetConfig(hidden_size=WIDTH))
+    return layer, lambda x: layer(x)[0]
+
+
+def mixtral(length: int) -> Made:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = MixtralConfig(
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_local_experts=8, num_experts_per_tok=2, num_hidden_layers=1
+    )
+    config._experts_implementation = "grouped_mm"
+    layer = MixtralSparseMoeBlock(config)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(std=0.02)
+    return layer, layer
+
+
+def our_moe(length: int) -> Made:
+    cls = ffn_class("moe")
+    options = {"name": "moe", "num_experts": 8, "top_k": 2, "hidden_size": WIDTH, "activation": "silu"}
+    layer = cls(cls.Config.parse(options, "ffn"), WIDTH)
+    layer.reset_parameters(0.02)
+    return layer, lambda x: layer(x)[0]
+
+
 def linformer(length: int) -> Made:
     from linformer.linformer import LinformerSelfAttention
 
@@ -308,4 +358,21 @@ CASES = [
     Case("linformer (PyPI)", linformer, ("linformer",), peer=True),
     Case("s4d", ours("s4d"), ("state space",)),
     Case("s4", ours("s4"), ("state space",)),
+    Case("h3", ours("h3"), ("state space",)),
+    Case("hyena", lambda length: ours("hyena", window=length)(length), ("long convolution",)),
+    Case("fnet", ours("fnet"), ("fourier",)),
+    Case("transformers FNet", fnet, ("fourier",), peer=True),
+    Case("rwkv4", ours("rwkv4"), ("rwkv",)),
+    Case("rwkv6", ours("rwkv6", **SHAPE), ("rwkv",)),
+    Case("rwkv7", ours("rwkv7", **SHAPE), ("rwkv",)),
+    Case(
+        "lsh_attention",
+        lambda length: ours("lsh_attention", **SHAPE, num_hashes=2, num_buckets=length // 32)(length),
+        ("lsh",),
+    ),
+    Case("transformers Reformer LSH", reformer("lsh"), ("lsh",), peer=True),
+    Case("local_attention", ours("local_attention", **SHAPE), ("local",)),
+    Case("transformers Reformer local", reformer("local"), ("local",), peer=True),
+    Case("moe (8 experts, 2 a token)", our_moe, ("experts",)),
+    Case("transformers Mixtral experts", mixtral, ("experts",), peer=True),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import pytest
@@ -13,6 +14,7 @@ from zoo.config import FFNOptions, ZooConfig
 from zoo.ffn.base import ChannelMixer
 from zoo.mixers.attention import Attention, AttentionConfig
 from zoo.mixers.base import State
+from zoo.models.create import create_model
 from zoo.models.heads import ZooForCausalLM
 
 
@@ -125,7 +127,17 @@ def test_sharing_goes_through_all_layers_of_a_pass_and_no_further(model: ZooForC
 
 @torch.no_grad()
 def test_saved_weights_can_be_read_by_whoever_can_read_the_config(model: ZooForCausalLM, tmp_path) -> None:
-    from zoo.models.create import create_model
-
     create_model("retnet-tiny").save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["mixture-of-depths-tiny", "mixtral-tiny"])
+def test_a_model_can_be_copied_in_the_middle_of_training(name: str) -> None:
+    trained = create_model(name).train()
+    ids = torch.randint(256, (1, 12))
+    loss = trained(ids, labels=ids).loss
+    assert trained.model.auxiliary_loss() is not None
+    other = copy.deepcopy(trained)
+    assert other.model.auxiliary_loss() is None
+    loss.backward()
+    assert all(p.grad is None for p in other.parameters())

@@ -48,6 +48,9 @@ class Block(GradientCheckpointingLayer):
     runs_as: str | None = None  # a name, where the block runs more than once in a pass
     auxiliary_loss: Tensor | None = None  # what the block itself added to the loss in the last forward
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "auxiliary_loss": None}  # copies and pickles: not of a graph
+
     def __init__(self, spec: ModelSpec, layer: LayerSpec, width: int | None = None) -> None:
         super().__init__()
         width = width or spec.hidden_size
