@@ -65,7 +65,7 @@ class Sharing(Attention):
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> ZooForCausalLM:
-    registry.mixer_class("attention")  # so that the tables are filled before they are added to
+    registry.list_mixers()  # so that the tables are filled before they are added to
     monkeypatch.setattr(registry, "_FFNS", {**registry._FFNS, "shifted": Shifted})
     monkeypatch.setattr(registry, "_MIXERS", {**registry._MIXERS, "sharing": Sharing})
     monkeypatch.setattr(Shifted, "name", "shifted", raising=False)
