@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 import zoo
+from zoo.registry import model_entry
 
 BERT = {"vocab_size": 30522}
 LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8}
@@ -128,6 +129,6 @@ def test_classifiers_are_those_of_the_original(name):
 
 
 def test_every_name_of_these_families_is_held():
-    families = {name.split("-")[0] for name in PEERS}
-    names = {name for family in families for name in zoo.list_models(f"{family}-*") if not name.endswith("-tiny")}
+    families = {model_entry(name).family for name in PEERS}
+    names = {n for n in zoo.list_models() if model_entry(n).family in families and not n.endswith("-tiny")}
     assert names == {name for name in names if name in PEERS}
