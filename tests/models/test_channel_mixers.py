@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any, Literal
 
 import pytest
@@ -141,3 +142,12 @@ def test_a_model_can_be_copied_in_the_middle_of_training(name: str) -> None:
     assert other.model.auxiliary_loss() is None
     loss.backward()
     assert all(p.grad is None for p in other.parameters())
+
+
+def test_only_whole_names_stay_in_float32(tmp_path) -> None:
+    """Mamba-2 keeps `D`: a parameter with a D somewhere in its name is not meant."""
+    model = create_model("mamba2-tiny")
+    model.model.layers[0].mixer.register_parameter("weight_LD", nn.Parameter(torch.zeros(2, 2)))
+    pattern = re.compile("|".join(model.model._keep_in_fp32_modules_strict))
+    kept = {name.rsplit(".", 1)[-1] for name, _ in model.named_parameters() if pattern.search(name)}
+    assert kept == {"A_log", "D", "dt_bias"}

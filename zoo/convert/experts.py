@@ -33,10 +33,8 @@ from zoo.convert.layerwise import check_tokens
 from zoo.convert.surgery import _set_config, replace_mixers
 from zoo.convert.teachers import Teacher, load_teacher
 from zoo.errors import ConversionError, did_you_mean
-from zoo.ffn.base import ChannelMixer
 from zoo.ffn.moe import MoE, MoEConfig
-from zoo.mixers.base import SequenceMixer
-from zoo.models.backbone import ZooPreTrainedModel
+from zoo.models.backbone import ZooPreTrainedModel, float32_patterns
 from zoo.models.shared import refuse_shared
 
 ROWS_AT_ONCE = 8
@@ -313,7 +311,5 @@ def _with_experts(model: ZooPreTrainedModel, new: dict[int, MoE], step: str) -> 
     config.origin = {**config.origin, "lineage": [*config.origin.get("lineage", []), entry]}
     _ = config.spec  # validates
     _set_config(student, config)
-    student.model._keep_in_fp32_modules_strict = {
-        name for m in student.modules() if isinstance(m, SequenceMixer | ChannelMixer) for name in m.keep_float32
-    }
+    student.model._keep_in_fp32_modules_strict = float32_patterns(student)
     return student.requires_grad_(True).eval()

@@ -13,9 +13,8 @@ from torch import nn
 
 from zoo.config import MixerOptions, ZooConfig
 from zoo.errors import ConfigError, ConversionError, TraitError
-from zoo.ffn.base import ChannelMixer
 from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, Traits
-from zoo.models.backbone import ZooPreTrainedModel
+from zoo.models.backbone import ZooPreTrainedModel, float32_patterns
 from zoo.models.shared import refuse_shared
 from zoo.registry import list_mixers, mixer_class
 
@@ -137,9 +136,7 @@ def replace_mixers(
     for key in ("report", "tokenizer"):
         student.__dict__.pop(key, None)
     _set_config(student, _new_config(teacher.config, mixers))
-    student.model._keep_in_fp32_modules_strict = {
-        name for m in student.modules() if isinstance(m, SequenceMixer | ChannelMixer) for name in m.keep_float32
-    }
+    student.model._keep_in_fp32_modules_strict = float32_patterns(student)
     return student.requires_grad_(True).eval()
 
 

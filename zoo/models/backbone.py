@@ -223,6 +223,12 @@ def _layers(spec: ModelSpec) -> nn.ModuleList:
     return nn.ModuleList(StageBlock(spec, layer, i) for i, layer in enumerate(spec.layers))
 
 
+def float32_patterns(model: nn.Module) -> set[str]:
+    """What transformers shall keep in float32 under any dtype: patterns of the whole last name of a parameter."""
+    mixers = [m for m in model.modules() if isinstance(m, SequenceMixer | ChannelMixer)]
+    return {rf"\.{name}$" for m in mixers for name in m.keep_float32}
+
+
 def _is_ours(module: nn.Module) -> bool:
     return not type(module).__module__.startswith("torch.")
 
@@ -259,8 +265,7 @@ class ZooModel(ZooPreTrainedModel):
         if spec.embedding_context > 1 and self.is_causal:
             raise TraitError("embedding_context: a token's neighbours are partly later ones; causal layers need 1")
         self.gradient_checkpointing = False
-        mixers = [m for m in self.modules() if isinstance(m, SequenceMixer | ChannelMixer)]
-        self._keep_in_fp32_modules_strict = {name for m in mixers for name in m.keep_float32}
+        self._keep_in_fp32_modules_strict = float32_patterns(self)
         self.post_init()
 
     def forward(
