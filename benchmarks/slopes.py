@@ -1,4 +1,4 @@
-"""How the cost of a layer grows: the slope of log CPU time over log length, forward + backward, from 1024 to 8192 steps.
+"""How the cost of a layer grows: log CPU time over log length, forward + backward, from 1024 to 8192 steps.
 
     python benchmarks/slopes.py --out benchmarks/results/slopes.csv
 
@@ -27,9 +27,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     cases = [case for case in CASES if not case.peer and case.name not in QUADRATIC]
-    times = {
-        length: measure(build(cases, length), length, 3 if length < 4096 else 1, time.thread_time) for length in LENGTHS
-    }
+    times = {}
+    for length in LENGTHS:
+        times[length] = measure(build(cases, length), length, 3 if length < 4096 else 1, time.thread_time)
     with args.out.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["layer", *(f"ms at {length}" for length in LENGTHS), "slope"])
