@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from formulas import wave
+from formulas import teacher, wave
 
 import zoo
+from zoo.mixers.base import AttentionStats
 
 
 def formula_model(name: str, dtype: torch.dtype = torch.double, **overrides):
@@ -109,3 +110,14 @@ def compare_with_authors(name: str, version: int, folder: Path, monkeypatch) -> 
         expected, state = theirs.forward([token], state)
         error = (out.logits[0, -1] - expected).abs().max() / expected.abs().max()
         assert error < 1e-5, error
+
+
+def converted_from_attention(cls, **options):
+    """A causal attention layer, and the mixer that `cls` makes of it with measured look-backs and scales."""
+    attention = teacher(causal=True)
+    weights = attention.attention_weights()
+    stats = AttentionStats(
+        lookback_H=torch.tensor([1.0, 3.0, 20.0, 60.0]), q_norm_H=torch.ones(4), k_norm_H=torch.ones(4),
+        out_rms_H=torch.tensor([0.5, 0.4, 0.3, 0.2]),
+    )  # fmt: skip
+    return attention, cls.from_attention(cls.config_from_attention(weights, **options), weights, stats)

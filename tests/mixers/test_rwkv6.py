@@ -7,12 +7,11 @@ import math
 import pytest
 import torch
 from formulas import align, convert, corners, largest_error, parameters, relative_error, teacher
-from rwkv_models import IDS, compare_with_authors, formula_model
+from rwkv_models import IDS, compare_with_authors, converted_from_attention, formula_model
 from test_parity import file_of
 
 import zoo
 from zoo.errors import ConfigError
-from zoo.mixers.base import AttentionStats
 from zoo.mixers.rwkv6 import RWKV6, RWKV6Config
 from zoo.ops.bonus import bonus_recurrence
 from zoo.ops.rotary import RotaryConfig
@@ -113,13 +112,7 @@ def test_options_out_of_bounds_are_refused():
 
 
 def converted(**options):
-    attention = teacher(causal=True)
-    weights = attention.attention_weights()
-    stats = AttentionStats(
-        lookback_H=torch.tensor([1.0, 3.0, 20.0, 60.0]), q_norm_H=torch.ones(4), k_norm_H=torch.ones(4),
-        out_rms_H=torch.tensor([0.5, 0.4, 0.3, 0.2]),
-    )  # fmt: skip
-    return attention, RWKV6.from_attention(RWKV6.config_from_attention(weights, **options), weights, stats)
+    return converted_from_attention(RWKV6, **options)
 
 
 @torch.no_grad()
