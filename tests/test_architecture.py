@@ -22,7 +22,7 @@ LEVELS = [
     {"mixers", "ffn"},
     {"models"},
     {"testing", "_testing"},
-    {"convert"},
+    {"convert", "hub"},
     {"train"},
     {"cli", "__main__"},
 ]
