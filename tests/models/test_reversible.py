@@ -94,6 +94,57 @@ def test_buckets_are_those_of_the_forward_pass(monkeypatch):
     assert len(calls) == 2
 
 
+MOE = {"name": "moe", "num_experts": 4, "hidden_size": 24, "top_k": 2, "jitter": 0.1, "z_loss": 0.5}
+EXPERTS = {
+    "balanced": {**MOE, "balance_loss": 0.5, "bias_rate": 0.01, "capacity_factor": 1.0},
+    "choosing": {**MOE, "chooser": "experts"},
+}
+
+
+def with_experts(which, shared=False, depth=3):
+    mixer = {"name": "attention", "num_heads": 2, "head_dim": 8, "causal": which != "choosing"}
+    layers = [{"mixer": mixer, "ffn": EXPERTS[which]}] + [{"same_as": 0} if shared else
+              {"mixer": mixer, "ffn": EXPERTS[which]} for _ in range(depth - 1)]  # fmt: skip
+    task = {"task": "masked-lm"} if which == "choosing" else {}
+    return tiny(positions="none", axial_shape=[], axial_dims=[], layers=layers, **task)
+
+
+@pytest.mark.parametrize(("which", "shared"), [("balanced", False), ("balanced", True), ("choosing", False)])
+def test_losses_of_experts_have_their_gradient(which, shared, monkeypatch):
+    """Routed as in the first pass, counted once, and balanced by the same gradients; padded rows."""
+    ids_BL, results = tokens(), []
+    mask = {"attention_mask": (torch.arange(40) >= torch.tensor([[5], [0]])).long()}
+    for plain in (False, True):
+        if plain:
+            plainly(monkeypatch)
+        model = with_experts(which, shared)
+        assert plain or can_recompute(model.model.layers)
+        _, found = gradients(model, ids_BL, **mask)
+        own = model.model.auxiliary_loss().detach()
+        loads = [block.ffn._load_E for block in model.model.layers if which == "balanced"]
+        routers = [p.grad.clone() for name, p in model.named_parameters() if "router" in name]
+        model.zero_grad()
+        torch.manual_seed(5)
+        model.model(ids_BL, **mask)
+        model.model.auxiliary_loss().backward()
+        alone = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert all(gradient.any() for name, gradient in alone.items() if "router.weight" in name)
+        results.append([found, own, loads, routers, {k: v for k, v in alone.items() if v.any()}])
+    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-10)
+
+
+def test_experts_take_the_tokens_of_the_forward_pass(monkeypatch):
+    from zoo.ffn import routing
+
+    calls, chosen = [], routing.choose_experts
+    monkeypatch.setattr(routing, "choose_experts", lambda *a: calls.append(1) or chosen(*a))
+    gradients(with_experts("balanced"), tokens())
+    assert len(calls) == 3
+    assert saved_bytes(with_experts("balanced", depth=6), tokens()) <= 1.01 * saved_bytes(
+        with_experts("balanced", depth=2), tokens()
+    )
+
+
 def saved_bytes(model, ids_BL):
     """Bytes of everything that the forward pass keeps for the backward pass, parameters aside."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

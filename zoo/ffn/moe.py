@@ -44,6 +44,7 @@ from zoo.ffn.experts import Experts, cut_normal
 from zoo.ffn.mlp import MLP, GatedMLP
 from zoo.linear import Linear
 from zoo.mixers.base import State, refuse_segments_with_state
+from zoo.ops.decisions import decided, recomputing
 from zoo.registry import register_ffn
 
 
@@ -188,7 +189,7 @@ class MoE(ChannelMixer):
             self._note(logits_BLE, scores_BLE, None, mask_BL)
             return routing.choose_tokens(scores_BLE, c.top_k, mask_BL=mask_BL, segments_BL=segments_BL), after
         choice_BLE = scores_BLE.detach() + self.balance_E if c.bias_rate else scores_BLE.detach()
-        experts_BLK = routing.choose_experts(choice_BLE, c.top_k, c.groups, c.top_groups)
+        experts_BLK = decided(lambda: routing.choose_experts(choice_BLE, c.top_k, c.groups, c.top_groups))
         self._note(logits_BLE, scores_BLE, experts_BLK, mask_BL)
         kept_BLK = None if mask_BL is None else mask_BL[..., None].expand_as(experts_BLK)
         limit: Tensor | int | None = c.capacity
@@ -220,7 +221,7 @@ class MoE(ChannelMixer):
                 p_BLE = p_BLE / p_BLE.sum(-1, keepdim=True) if c.scores == "sigmoid" else p_BLE
                 balance = c.balance_loss * routing.balance_loss(p_BLE, chosen_BLE, mask_BL)
                 loss = balance if loss is None else loss + balance
-            if c.bias_rate and self.router.weight.requires_grad:
+            if c.bias_rate and self.router.weight.requires_grad and not recomputing():
                 load_E = chosen_BLE.sum((0, 1))
                 self._load_E = load_E if self._load_E is None else self._load_E + load_E
         self.auxiliary_loss = loss

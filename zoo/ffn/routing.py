@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.chunks import run_starts
+from zoo.ops.decisions import decided
 from zoo.ops.padding import invert
 from zoo.ops.positions import token_positions
 
@@ -130,26 +131,30 @@ def choose_tokens(
     scores_BLE: Tensor, top_k: int, *, mask_BL: Tensor | None = None, segments_BL: Tensor | None = None
 ) -> Pairs:
     """The pairs of expert choice: of the n tokens of a sequence each expert takes the k n / E best, rounded up."""
+    taken_P3 = decided(lambda: _best_tokens(scores_BLE.detach(), top_k, mask_BL, segments_BL).nonzero())
+    row, expert_P, column = taken_P3.unbind(1)
+    return Pairs(row * scores_BLE.shape[1] + column, expert_P, scores_BLE[row, column, expert_P])
+
+
+def _best_tokens(scores_BLE: Tensor, top_k: int, mask_BL: Tensor | None, segments_BL: Tensor | None) -> Tensor:
+    """Which tokens an expert takes: (B, E, L)."""
     B, L, E = scores_BLE.shape
-    with torch.no_grad():
-        real_BL = torch.ones(B, L, dtype=torch.bool, device=scores_BLE.device) if mask_BL is None else mask_BL
-        # Sort by score, then by sequence, stably; padding forms one more sequence at the end.
-        run_BL = torch.zeros(B, L, dtype=torch.long, device=scores_BLE.device)
-        if segments_BL is not None:
-            run_BL = run_starts(segments_BL, mask_BL).long().cumsum(1)
-        run_BL = run_BL.masked_fill(~real_BL, L)
-        order = scores_BLE.transpose(1, 2).reshape(B * E, L).argsort(dim=-1, descending=True, stable=True)
-        run = run_BL.repeat_interleave(E, 0)
-        order = order.gather(-1, run.gather(-1, order).argsort(dim=-1, stable=True))
-        place_BEL = invert(order).view(B, E, L)
-        first_BL = torch.zeros_like(run_BL)  # real tokens of the sequences before this one's
-        if segments_BL is not None:
-            first_BL = real_BL.cumsum(1) - 1 - token_positions(scores_BLE, mask_BL, segments_BL)
-        tokens_BL = sequence_lengths(scores_BLE, mask_BL, segments_BL)
-        places_BL = capacity_of(1.0, top_k, E, tokens_BL)
-        taken_BEL = (place_BEL < (first_BL + places_BL)[:, None]) & real_BL[:, None]
-        row, expert_P, column = taken_BEL.nonzero(as_tuple=True)
-    return Pairs(row * L + column, expert_P, scores_BLE[row, column, expert_P])
+    real_BL = torch.ones(B, L, dtype=torch.bool, device=scores_BLE.device) if mask_BL is None else mask_BL
+    # Sort by score, then by sequence, stably; padding forms one more sequence at the end.
+    run_BL = torch.zeros(B, L, dtype=torch.long, device=scores_BLE.device)
+    if segments_BL is not None:
+        run_BL = run_starts(segments_BL, mask_BL).long().cumsum(1)
+    run_BL = run_BL.masked_fill(~real_BL, L)
+    order = scores_BLE.transpose(1, 2).reshape(B * E, L).argsort(dim=-1, descending=True, stable=True)
+    run = run_BL.repeat_interleave(E, 0)
+    order = order.gather(-1, run.gather(-1, order).argsort(dim=-1, stable=True))
+    place_BEL = invert(order).view(B, E, L)
+    first_BL = torch.zeros_like(run_BL)  # real tokens of the sequences before this one's
+    if segments_BL is not None:
+        first_BL = real_BL.cumsum(1) - 1 - token_positions(scores_BLE, mask_BL, segments_BL)
+    tokens_BL = sequence_lengths(scores_BLE, mask_BL, segments_BL)
+    places_BL = capacity_of(1.0, top_k, E, tokens_BL)
+    return (place_BEL < (first_BL + places_BL)[:, None]) & real_BL[:, None]
 
 
 def balance_loss(probabilities_BLE: Tensor, chosen_BLE: Tensor, mask_BL: Tensor | None) -> Tensor:

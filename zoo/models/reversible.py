@@ -7,6 +7,7 @@ Each line can be undone: b = b - ffn(norm(a)), then a = a - mixer(norm(b)). So t
 from the last to the first, finds the inputs of each again, computes it a second time with gradients, and throws it
 away: memory for activations does not grow with depth. The second time random numbers (dropout) and decisions without a
 gradient (`zoo.ops.decisions`) are those of the first. Inputs found again differ from the first ones by rounding only.
+What a channel mixer adds to the loss of the model (balance of experts) is an output of the stack, beside the streams.
 Mixer and channel mixer are called, not the block: what gathers parameters when a module is called (FSDP) wraps those.
 """
 
@@ -45,32 +46,40 @@ def check_reversible(spec: ModelSpec) -> None:
 def can_recompute(blocks: Iterable[Any]) -> bool:
     """Whether a stack can be run by `reversible_stack`.
 
-    Not with mixers that share tensors between layers, nor with channel mixers of context: what these leave behind (the
-    first layer's values, a loss of their own) would have no gradient.
+    Not with mixers that share tensors between layers: what these leave behind (the first layer's values) would have no
+    gradient.
     """
-    return all(
-        block.order == "reversible" and not block.mixer.shares and not isinstance(block.ffn, ChannelMixer)
-        for block in blocks
-    )
+    return all(block.order == "reversible" and not block.mixer.shares for block in blocks)
 
 
 def reversible_stack(
     blocks: Iterable[Any], x_BLE: Tensor, mask_BL: Tensor | None, segments_BL: Tensor | None
 ) -> Tensor:
-    """The blocks one after the other on both streams side by side, (B, L, 2 D), with activations recomputed."""
+    """The blocks one after the other on both streams side by side, (B, L, 2 D), with activations recomputed.
+
+    Afterwards `auxiliary_loss` of a channel mixer has a gradient, and is the sum over its runs in this pass.
+    """
     parts: list[_Part] = []
+    context = {"mask_BL": mask_BL, "segments_BL": segments_BL}
     for block in blocks:
-        parts.append(_Part(0, _mix(block, mask_BL, segments_BL), _trained(block.mixer_norm, block.mixer)))
-        parts.append(_Part(1, _feed(block), _trained(block.ffn_norm, block.ffn)))
-    streams = _Reversible.apply(parts, *x_BLE.chunk(2, -1), *(p for part in parts for p in part.parameters))
-    return torch.cat(streams, -1)
+        parts.append(_Part(0, _mix(block, context), _trained(block.mixer_norm, block.mixer)))
+        parts.append(_Part(1, _feed(block, context), _trained(block.ffn_norm, block.ffn), block.ffn))
+    a_BLD, b_BLD, *losses = _Reversible.apply(
+        parts, *x_BLE.chunk(2, -1), *(p for part in parts for p in part.parameters)
+    )
+    mixers = [part.ffn for part in parts if part.adds]
+    for ffn in mixers:
+        ffn.auxiliary_loss = torch.stack([x for owner, x in zip(mixers, losses, strict=True) if owner is ffn]).sum()
+    return torch.cat([a_BLD, b_BLD], -1)
 
 
-def _mix(block: Any, mask_BL: Tensor | None, segments_BL: Tensor | None) -> Callable[[Tensor], Tensor]:
-    return lambda x_BLD: block.mixer(block.mixer_norm(x_BLD), mask_BL=mask_BL, segments_BL=segments_BL)[0]
+def _mix(block: Any, context: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    return lambda x_BLD: block.mixer(block.mixer_norm(x_BLD), **context)[0]
 
 
-def _feed(block: Any) -> Callable[[Tensor], Tensor]:
+def _feed(block: Any, context: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    if isinstance(block.ffn, ChannelMixer):
+        return lambda x_BLD: block.ffn(block.ffn_norm(x_BLD), **context)[0]
     return lambda x_BLD: block.ffn(block.ffn_norm(x_BLD))
 
 
@@ -80,52 +89,67 @@ def _trained(*modules: nn.Module) -> list[nn.Parameter]:
 
 @dataclass
 class _Part:
-    """One line of a block: what is added to stream `target` is a function of the other stream."""
+    """One line of a block: what is added to stream `target` is a function of the other stream.
+
+    `adds`: whether the channel mixer `ffn` also added to the loss.
+    """
 
     target: int
     function: Callable[[Tensor], Tensor]
     parameters: list[nn.Parameter]
+    ffn: Any = None
+    adds: bool = False
     random: dict[str, Tensor] = field(default_factory=dict)
     decisions: deque[Tensor] = field(default_factory=deque)
 
-    def first(self, x_BLD: Tensor) -> Tensor:
-        """The first time, without gradients; remembers what the second time needs."""
+    def first(self, x_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is added to the stream and to the loss, without gradients; remembers what the second time needs."""
         self.random = _random_state(x_BLD.device)
         with recording() as self.decisions:
-            return self.function(x_BLD)
+            y_BLD, loss = self.function(x_BLD), getattr(self.ffn, "auxiliary_loss", None)
+        self.adds = loss is not None
+        return y_BLD, loss
 
-    def again(self, x_BLD: Tensor) -> Tensor:
+    def again(self, x_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
         """The second time, with gradients."""
+        before = getattr(self.ffn, "auxiliary_loss", None)
         with torch.enable_grad(), _as_before(self.random), replaying(self.decisions):
-            return self.function(x_BLD)
+            y_BLD = self.function(x_BLD)
+        if not self.adds:
+            return y_BLD, None
+        loss, self.ffn.auxiliary_loss = self.ffn.auxiliary_loss, before
+        return y_BLD, loss
 
 
 class _Reversible(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parts: list[_Part], a_BLD: Tensor, b_BLD: Tensor, *parameters: Tensor) -> Any:
-        streams = [a_BLD, b_BLD]
+        streams, losses = [a_BLD, b_BLD], []
         for part in parts:
-            streams[part.target] = streams[part.target] + part.first(streams[1 - part.target])
+            y_BLD, loss = part.first(streams[1 - part.target])
+            streams[part.target] = streams[part.target] + y_BLD
+            losses += [] if loss is None else [loss]
         ctx.parts = parts
         kind = a_BLD.device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.save_for_backward(*streams)
-        return tuple(streams)
+        return *streams, *losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        streams, slopes = list(ctx.saved_tensors), list(gradients)
+        streams, slopes, of_losses = list(ctx.saved_tensors), list(gradients[:2]), list(gradients[2:])
         kind, dtype, enabled = ctx.autocast
         found: list[Tensor | None] = []
         for part in reversed(ctx.parts):
             x_BLD = streams[1 - part.target].detach().requires_grad_()
             with torch.autocast(kind, dtype=dtype, enabled=enabled):
-                y_BLD = part.again(x_BLD)
+                y_BLD, loss = part.again(x_BLD)
             streams[part.target] = streams[part.target] - y_BLD.detach()
-            slope, *own = torch.autograd.grad(
-                y_BLD, [x_BLD, *part.parameters], slopes[part.target].to(y_BLD.dtype), allow_unused=True
-            )
+            ends, given = [y_BLD], [slopes[part.target].to(y_BLD.dtype)]
+            if loss is not None:
+                ends, given = [y_BLD, loss], [*given, of_losses.pop()]
+            slope, *own = torch.autograd.grad(ends, [x_BLD, *part.parameters], given, allow_unused=True)
             if slope is not None:
                 slopes[1 - part.target] = slopes[1 - part.target] + slope
             found = [*own, *found]

@@ -35,6 +35,11 @@ def decided(decide: Callable[[], Tensor]) -> Tensor:
     return value
 
 
+def recomputing() -> bool:
+    """Whether a forward pass is being computed again: what it counts has been counted."""
+    return getattr(_now, "replay", None) is not None
+
+
 @contextmanager
 def recording() -> Iterator[deque[Tensor]]:
     """Keeps every decision taken inside, in order."""
