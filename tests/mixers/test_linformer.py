@@ -10,6 +10,7 @@ import zoo
 from zoo.convert.surgery import layer_options
 from zoo.errors import ConfigError, TraitError
 from zoo.mixers.linformer import Linformer, LinformerConfig
+from zoo.models.backbone import ZooModel
 from zoo.testing import check_mixer
 
 B, D, H, K, N, M = 2, 32, 4, 8, 70, 12
@@ -86,6 +87,69 @@ def test_recorded_values_of_the_package(kind):
     assert corners(y_BLD) == pytest.approx(values, rel=1e-6, abs=1e-8)
 
 
+# Our name of a sharing, linformer-pytorch's, and `corners` of two whole layers of linformer-pytorch 0.19.3.
+SHARINGS = {
+    "none": ("none", [0.83231747, -0.272601172, 0.654121416, 0.929260213, -0.287881375, 0.667673952]),
+    "heads": ("headwise", [0.718666875, -0.251975685, 0.581608265, 0.771476175, -0.224287502, 0.606097795]),
+    "kv": ("kv", [1.090786336, -0.179878951, 0.189354375, 0.997833603, -0.213619176, 0.167306975]),
+    "layers": ("layerwise", [1.025909427, -0.115529431, 0.077726915, 0.985067015, -0.141696195, 0.077975881]),
+}
+
+
+def encoder(share: str) -> ZooModel:
+    """Two post-norm layers whose weights are made from a formula."""
+    options = {"num_heads": H, "head_dim": K, "max_length": N, "projected_length": M, "out_bias": True, "share": share}
+    layer = {"mixer": {"name": "linformer", **options}, "ffn": {"name": "mlp", "hidden_size": 48, "activation": "gelu"}}
+    config = zoo.ZooConfig(
+        task="masked-lm", hidden_size=D, block="post_norm", norm="layer_norm", final_norm=False, layers=[layer, layer]
+    )
+    model = ZooModel(config).double().eval()
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(0.3 * wave(*p.shape, step=0.11 + 0.05 * i))
+    return model
+
+
+def copy_to_linformer_pytorch(model: ZooModel, peer) -> None:
+    """Ours, heads side by side, into theirs, a module a head; their E and F also have biases, which the paper has not."""
+    for i, block in enumerate(model.layers):
+        attention, feed, ours = peer.seq[2 * i], peer.seq[2 * i + 1], block.mixer
+        for h, head in enumerate(attention.fn.heads):
+            k_sums = ours.holder.k_sums
+            v_sums = ours.v_sums if ours.separate else k_sums
+            for projection, sums in ((head.E, k_sums), (head.F, v_sums)):
+                projection.weight.copy_((sums[h] if sums.dim() == 3 else sums).T)
+                projection.bias.zero_()
+            for name in "qkv":
+                rows = getattr(ours, f"{name}_proj").weight[h * K : (h + 1) * K]
+                getattr(attention.fn, f"to_{name}")[h].weight.copy_(rows)
+        pairs = [(attention.fn.w_o, ours.o_proj), (attention.norm, block.mixer_norm), (feed.norm, block.ffn_norm)]
+        for theirs, mine in [*pairs, (feed.fn.w_1, block.ffn.up_proj), (feed.fn.w_2, block.ffn.down_proj)]:
+            theirs.load_state_dict(mine.state_dict())
+
+
+@pytest.mark.parametrize("share", SHARINGS)
+def test_every_sharing_is_that_of_linformer_pytorch(share):
+    peers = pytest.importorskip("linformer_pytorch.linformer_pytorch", reason="linformer-pytorch is not installed")
+    sharing, values = SHARINGS[share]
+    peer = peers.Linformer(N, D, M, dim_ff=48, nhead=H, depth=2, parameter_sharing=sharing).double().eval()
+    model, x_BLD = encoder(share), wave(B, N, D, step=0.9).requires_grad_()
+    with torch.no_grad():
+        copy_to_linformer_pytorch(model, peer)
+    expected, got = peer(x_BLD), model(inputs_embeds=x_BLD).last_hidden_state
+    assert largest_error(got, expected) < 1e-10
+    gradients = [torch.autograd.grad(y, x_BLD, wave(B, N, D, step=0.2))[0] for y in (got, expected)]
+    assert largest_error(*gradients) < 1e-9
+    assert corners(expected) == pytest.approx(values, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("share", SHARINGS)
+def test_recorded_values_of_linformer_pytorch(share):
+    with torch.no_grad():
+        y_BLD = encoder(share)(inputs_embeds=wave(B, N, D, step=0.9)).last_hidden_state
+    assert corners(y_BLD) == pytest.approx(SHARINGS[share][1], rel=1e-6, abs=1e-8)
+
+
 def test_projections_of_every_head_are_its_own():
     """With "none", equal E and F in all heads are the shared ones, and one head's changes only that head."""
     shared, own = ours({}), ours({}).config.model_copy(update={"share": "none"})
@@ -152,7 +216,7 @@ def test_projections_start_as_in_the_theorems():
         assert abs(sums.mean().item()) < 0.01
 
 
-@pytest.mark.parametrize("share", ["none", "heads", "kv"])
+@pytest.mark.parametrize("share", SHARINGS)
 def test_conversion_is_exact_without_a_projection_and_close_with_one(share):
     attention = teacher(causal=False)
     options = {"max_length": 48, "share": share}
@@ -185,7 +249,7 @@ def test_by_length_is_the_formula():
     assert largest_error(mixer(x_BLD)[0], expected) < 1e-10
 
 
-@pytest.mark.parametrize("share", ["none", "heads", "kv"])
+@pytest.mark.parametrize("share", SHARINGS)
 def test_conversion_by_length_is_exact_up_to_the_number_of_sums(share):
     """Also for rows of several lengths in one batch, where the paper's form is far off."""
     attention = teacher(causal=False)
@@ -206,7 +270,9 @@ def test_conversion_by_length_is_exact_up_to_the_number_of_sums(share):
     assert relative_error(student, attention, 48) < start
 
 
-@pytest.mark.parametrize(("name", "millions"), [("linformer-128m", 127.2), ("linformer-126m", 125.6)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("linformer-128m", 127.2), ("linformer-126m", 125.6), ("linformer-124m", 124.2)]
+)
 def test_sizes(name, millions):
     """RoBERTa-base has 124.05 million without head and pooler (with 512 positions, one token type); E and F add."""
     assert parameters(name)[0] / 1e6 == pytest.approx(millions, rel=2e-3)

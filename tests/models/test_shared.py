@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import zoo
 from zoo.cli.show import describe
@@ -16,6 +16,7 @@ from zoo.convert.surgery import replace_mixers
 from zoo.errors import ConfigError, ConversionError
 from zoo.ffn.base import ChannelMixer
 from zoo.models import unshare
+from zoo.models.costs import size_of
 from zoo.train.stages import watching
 
 ATTENTION = {"name": "attention", "num_heads": 2, "head_dim": 8, "rotary": {}}
@@ -231,3 +232,81 @@ def test_show_counts_weights_once_and_work_every_time(zamba, tmp_path):
         assert shared[key] == own[key]
     assert [row["parameters"] for row in shared["layers"]][3:] == [0, 0, 0]
     assert "same_as=1" in shared["layers"][3]["options"]
+
+
+# --- Parameters that mixers have in common -------------------------------------------------------------------------
+
+LINFORMER = {
+    "name": "linformer", "num_heads": 2, "head_dim": 8, "max_length": 16, "projected_length": 4, "share": "layers"
+}  # fmt: skip
+TWO_SIDED = {**ATTENTION, "causal": False}
+
+
+def encoder(*mixers, **options):
+    torch.manual_seed(0)
+    layers = [{"mixer": mixer, "ffn": FFN} for mixer in mixers]
+    config = zoo.ZooConfig(task="masked-lm", hidden_size=16, vocab_size=64, layers=layers, **options)
+    return zoo.models.heads.ZooForMaskedLM(config).double().eval()
+
+
+def test_mixers_hold_once_what_they_have_in_common(ids_BL, tmp_path):
+    other = {**LINFORMER, "projected_length": 5}
+    model = encoder(LINFORMER, other, LINFORMER, LINFORMER)
+    held = [name for name in model.state_dict() if "sums" in name]
+    assert held == ["model.layers.0.mixer.k_sums", "model.layers.1.mixer.k_sums"]
+    model(ids_BL, labels=ids_BL).loss.backward()
+    first = model.model.layers[0].mixer
+    assert all(model.model.layers[i].mixer.holder is first for i in (0, 2, 3))
+
+    own = encoder(*[{**mixer, "share": "kv"} for mixer in (LINFORMER, other, LINFORMER, LINFORMER)])
+    own.load_state_dict(model.state_dict(), strict=False)
+    for i in (2, 3):
+        own.model.layers[i].mixer.k_sums.data.copy_(first.k_sums)
+    assert torch.equal(own(ids_BL).logits, model(ids_BL).logits)
+    own(ids_BL, labels=ids_BL).loss.backward()
+    gradient = sum(own.model.layers[i].mixer.k_sums.grad for i in (0, 2, 3))
+    torch.testing.assert_close(first.k_sums.grad, gradient, **CLOSE)
+
+    model.save_pretrained(tmp_path)
+    assert held == [name for name in load_file(tmp_path / "model.safetensors") if "sums" in name]
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.eval()(ids_BL).logits, model(ids_BL).logits)
+    copied = copy.deepcopy(model)
+    assert copied.model.layers[3].mixer.holder is copied.model.layers[0].mixer is not first
+
+
+def test_what_is_held_once_counts_once():
+    config = encoder(LINFORMER, LINFORMER, LINFORMER).config
+    assert size_of(config)[0] == sum(p.numel() for p in encoder(*[LINFORMER] * 3).parameters())
+
+
+def test_reversible_layers_with_a_common_parameter(ids_BL):
+    model = encoder(LINFORMER, LINFORMER, block="reversible", tie_word_embeddings=False).train()
+    gradients = []
+    for keep in (False, True):  # keeping hidden states is without recomputation
+        model.zero_grad()
+        model(ids_BL, labels=ids_BL, output_hidden_states=keep).loss.backward()
+        gradients.append(model.model.layers[0].mixer.k_sums.grad.clone())
+    torch.testing.assert_close(*gradients, **CLOSE)
+
+
+def test_a_conversion_joins_what_it_makes_to_what_is_there(ids_BL):
+    teacher = encoder(TWO_SIDED, TWO_SIDED, TWO_SIDED)
+    options = {k: LINFORMER[k] for k in ("name", "max_length", "projected_length", "share")}
+    once = replace_mixers(teacher, {1: options})
+    sums = once.model.layers[1].mixer.k_sums
+    sums.data.add_(torch.randn_like(sums))  # something learned
+    student = replace_mixers(once, {0: options, 2: options})
+    held = {name: t for name, t in student.state_dict().items() if "sums" in name}
+    assert list(held) == ["model.layers.0.mixer.k_sums"]
+    assert torch.equal(held["model.layers.0.mixer.k_sums"], sums)
+    assert len([name for name in once.state_dict() if "sums" in name]) == 1
+
+
+def test_unshared_blocks_still_have_that_in_common(ids_BL):
+    config = encoder(LINFORMER, LINFORMER).config
+    config.layers[1]["same_as"] = 0
+    model = zoo.models.heads.ZooForMaskedLM(config).double().eval()
+    own = unshare(model)
+    assert [name for name in own.state_dict() if "sums" in name] == ["model.layers.0.mixer.k_sums"]
+    assert torch.equal(own(ids_BL).logits, model(ids_BL).logits)

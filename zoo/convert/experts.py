@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from zoo.convert.layerwise import check_tokens
-from zoo.convert.surgery import _set_config, replace_mixers
+from zoo.convert.surgery import replace_mixers
 from zoo.convert.teachers import Teacher, load_teacher
 from zoo.errors import ConversionError, did_you_mean
 from zoo.ffn.moe import MoE, MoEConfig
 from zoo.models.backbone import ZooPreTrainedModel, float32_patterns
-from zoo.models.shared import refuse_shared
+from zoo.models.shared import refuse_shared, set_config
 
 ROWS_AT_ONCE = 8
 DENSE = ("gated_mlp", "mlp")
@@ -310,6 +310,6 @@ def _with_experts(model: ZooPreTrainedModel, new: dict[int, MoE], step: str) -> 
     entry = {"step": step, "layers": {str(i): moe.name for i, moe in new.items()}}
     config.origin = {**config.origin, "lineage": [*config.origin.get("lineage", []), entry]}
     _ = config.spec  # validates
-    _set_config(student, config)
+    set_config(student, config)
     student.model._keep_in_fp32_modules_strict = float32_patterns(student)
     return student.requires_grad_(True).eval()

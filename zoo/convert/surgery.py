@@ -15,7 +15,7 @@ from zoo.config import MixerOptions, ZooConfig
 from zoo.errors import ConfigError, ConversionError, TraitError
 from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, Traits
 from zoo.models.backbone import ZooPreTrainedModel, float32_patterns
-from zoo.models.shared import refuse_shared
+from zoo.models.shared import join_mixers, refuse_shared, set_config
 from zoo.registry import list_mixers, mixer_class
 
 MixerSpec = str | Mapping[str, Any] | MixerOptions
@@ -135,7 +135,8 @@ def replace_mixers(
     student = copy.deepcopy(teacher, memo)
     for key in ("report", "tokenizer"):
         student.__dict__.pop(key, None)
-    _set_config(student, _new_config(teacher.config, mixers))
+    join_mixers(student.model.layers, new=set(mixers.values()))
+    set_config(student, _new_config(teacher.config, mixers))
     student.model._keep_in_fp32_modules_strict = float32_patterns(student)
     return student.requires_grad_(True).eval()
 
@@ -149,12 +150,6 @@ def _new_config(config: ZooConfig, mixers: Mapping[int, SequenceMixer]) -> ZooCo
         new.origin = {**new.origin, "lineage": [*new.origin.get("lineage", []), step]}
     _ = new.spec  # validates
     return new
-
-
-def _set_config(model: nn.Module, config: ZooConfig) -> None:
-    for module in model.modules():
-        if isinstance(getattr(module, "config", None), ZooConfig):
-            module.config = config  # type: ignore[assignment]
 
 
 def describe_mixer(new: SequenceMixer, old: SequenceMixer) -> tuple[list[str], list[str]]:

@@ -139,6 +139,8 @@ class SequenceMixer(nn.Module, ABC):
     `register_mixer`. `keep_float32` names parameters that must stay float32 under any dtype; they are kept so on load.
     A mixer with `shares = True` also gets `shared=`, a dictionary made anew for each pass of a model and handed through
     all its layers (RWKV-7 reads the first layer's values there); without one it behaves as the first layer does.
+    `common` names parameters that a model has once for all its mixers of equal options: the first one holds them, and
+    the others read them from `holder` (`zoo.models.shared.join_mixers`). A mixer by itself is its own holder.
     `place` is the index of the layer and the number of layers of the model, set before a model initialises its weights,
     for initialisations that depend on the depth.
     """
@@ -148,7 +150,9 @@ class SequenceMixer(nn.Module, ABC):
     traits: ClassVar[Traits]
     keep_float32: ClassVar[tuple[str, ...]] = ()
     shares: ClassVar[bool] = False
+    common: tuple[str, ...] = ()
     place: tuple[int, int] = (0, 1)
+    _joined: tuple[Any, ...] = ()  # a tuple, so that the holder is not a module inside this one
 
     def __init__(self, config: MixerOptions, width: int) -> None:
         super().__init__()
@@ -162,6 +166,17 @@ class SequenceMixer(nn.Module, ABC):
                 f"mixer {self.name!r} has no two-sided form (traits.bidirectional is False); "
                 "for encoders use attention, sliding_window, linear_attention or retention"
             )
+
+    @property
+    def holder(self) -> Self:
+        """The mixer that holds this one's `common` parameters."""
+        return self._joined[0] if self._joined else self
+
+    def join(self, holder: Self) -> None:
+        """Read the `common` parameters from `holder` from now on; those of this mixer go."""
+        for name in set(self.common) & self._parameters.keys():
+            delattr(self, name)
+        self._joined = (holder,)
 
     @abstractmethod
     def forward(

@@ -3,8 +3,9 @@
     y_t = sum_j softmax_j(scale * q_t . k'_j) v'_j,    k'_j = sum_s E_sj k_s,    v'_j = sum_s F_sj v_s,    j = 1 .. M
 
 E and F (n, M) are learned, n is the longest sequence. The paper's sharing (section 4): E and F for every head ("none"),
-for all heads ("heads", its headwise sharing), or one matrix for all heads and for keys and values ("kv", key-value
-sharing). Time and memory grow with L * M.
+for all heads ("heads", its headwise sharing), one matrix for all heads and for keys and values ("kv", key-value
+sharing), or that same matrix for all layers as well ("layers", layerwise sharing): the first layer of a model holds it
+for those with equal options. Time and memory grow with L * M.
 
 There is no causal form: each k'_j holds all positions, also later ones. Nor can a position be hidden behind the sums,
 so padding is taken out before them. Rows of E belong to the tokens of a sequence, counted from its own first token: a
@@ -47,7 +48,7 @@ class LinformerConfig(QKVOptions):
     causal: bool = False
     max_length: int = Field(512, ge=1, le=1 << 20)
     projected_length: int = Field(256, ge=1, le=1 << 16)
-    share: Literal["none", "heads", "kv"] = "heads"
+    share: Literal["none", "heads", "kv", "layers"] = "heads"
     by_length: bool = False
 
 
@@ -64,8 +65,11 @@ class Linformer(QKVMixer):
         heads = (config.kv_heads,) if config.share == "none" else ()
         shape = (*heads, config.max_length, config.projected_length)
         self.k_sums = nn.Parameter(torch.empty(shape))  # E (n, M) or (G, n, M)
-        if config.share != "kv":
+        self.separate = config.share in ("none", "heads")
+        if self.separate:
             self.v_sums = nn.Parameter(torch.empty(shape))  # F
+        if config.share == "layers":
+            self.common = ("k_sums",)
         self.reset_parameters(0.02)
 
     def mix(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -92,8 +96,9 @@ class Linformer(QKVMixer):
             raise ConfigError(f"a sequence of {longest or T} tokens, but linformer's max_length is {n}")
         if n < T:  # padding only
             k_RGTK, v_RGTV, T = k_RGTK[:, :, :n], v_RGTV[:, :, :n], n
-        v_sums = self.k_sums if self.config.share == "kv" else self.v_sums
-        k_RGMK = self.k_sums[..., :T, :].mT.to(k_RGTK.dtype) @ k_RGTK
+        k_sums = self.holder.k_sums
+        v_sums = self.v_sums if self.separate else k_sums
+        k_RGMK = k_sums[..., :T, :].mT.to(k_RGTK.dtype) @ k_RGTK
         v_RGMV = v_sums[..., :T, :].mT.to(v_RGTV.dtype) @ v_RGTV
         bias_R11M = None
         if self.config.by_length:

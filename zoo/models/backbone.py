@@ -28,7 +28,7 @@ from zoo.mixers.base import SequenceMixer, State
 from zoo.models.axial import axial_positions
 from zoo.models.images import PatchEmbedding, PatchMerging, stage_of
 from zoo.models.reversible import can_recompute, check_reversible, reversible_stack
-from zoo.models.shared import add_earlier_runs, make_layers
+from zoo.models.shared import add_earlier_runs, join_mixers, make_layers
 from zoo.models.state import StateLayer, as_state_cache, state_cache
 from zoo.ops.backends import autocast_dtype
 from zoo.ops.neighbours import neighbours
@@ -259,6 +259,7 @@ class ZooModel(ZooPreTrainedModel):
             for part in self.layers[i].modules():
                 if isinstance(part, SequenceMixer | ChannelMixer):
                     part.place = (i, len(self.layers))
+        join_mixers(self.layers)
         self.norm = make_norm(spec, spec.stack_size) if spec.final_norm else None
         narrows = spec.embedding_output == "project"
         self.project_out = Linear(spec.hidden_size, spec.word_size, bias=False) if narrows else None

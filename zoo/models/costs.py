@@ -54,8 +54,15 @@ def size_of(config: ZooConfig) -> tuple[int, StateSize | None]:
     config = copy.deepcopy(config)
     config.layers = layers
     model = empty_model(config)
-    total = parameter_counts(model)[0] + sum(p.numel() for i in added for p in model.model.layers[i].parameters())
+    total = parameter_counts(model)[0] + sum(_own_parameters(model.model.layers[i]) for i in added)
     return total, state_size(model)
+
+
+def _own_parameters(block: nn.Module) -> int:
+    """How many parameters one more block like this adds to a model."""
+    mixers = [m for m in block.modules() if isinstance(m, SequenceMixer) and m.holder is m]
+    common = sum(getattr(m, name).numel() for m in mixers for name in m.common)
+    return sum(p.numel() for p in block.parameters()) - common
 
 
 @torch.no_grad()

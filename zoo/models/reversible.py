@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from zoo.config import ModelSpec
 from zoo.errors import ConfigError
 from zoo.ffn.base import ChannelMixer
+from zoo.models.shared import parameters_of
 from zoo.ops.decisions import recording, replaying
 
 
@@ -84,7 +85,7 @@ def _feed(block: Any, context: dict[str, Any]) -> Callable[[Tensor], Tensor]:
 
 
 def _trained(*modules: nn.Module) -> list[nn.Parameter]:
-    return [p for module in modules for p in module.parameters() if p.requires_grad]
+    return [p for p in parameters_of(*modules) if p.requires_grad]
 
 
 @dataclass

@@ -1,20 +1,24 @@
-"""Layers that run the block of an earlier layer again (`same_as` in a layer's spec), each with a state of its own.
+"""Layers that share weights: whole blocks (`same_as` in a layer's spec), or what all mixers of a kind have in common.
 
 ALBERT (Lan et al. 2019, arXiv 1909.11942) has one block for all layers, Zamba (Glorioso et al. 2024, arXiv 2405.16712)
 one attention block between runs of Mamba. Such a block is one module, registered once under the index of its first
 layer: parameters are counted, saved, loaded and given to an optimizer once; their gradient is the sum over the runs.
+Each run has a state of its own. The same holds for parameters that mixers of equal options have in common
+(`SequenceMixer.common`), such as the one projection of a Linformer shared by all layers: the first mixer holds them.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.config import LayerSpec, ModelSpec, ZooConfig
 from zoo.errors import ConversionError
+from zoo.mixers.base import SequenceMixer
 
 
 class SharedLayers(nn.ModuleList):
@@ -86,11 +90,39 @@ def unshare(model: Any) -> Any:
     for block in blocks:
         block.runs_as = None
     backbone.layers = nn.ModuleList(blocks)
+    join_mixers(backbone.layers)
     config: ZooConfig = copy.deepcopy(model.config)
     for layer in config.layers:
         layer.pop("same_as", None)
     set_config(new, config)
     return new
+
+
+def join_mixers(blocks: Iterable[nn.Module], new: Collection[nn.Module] = ()) -> None:
+    """Let mixers of equal options, at the same place in their blocks, hold once what they have in `common`.
+
+    The first holds it. Where only some of the mixers are `new`, the values are those of the older ones.
+    """
+    groups: list[tuple[str, list[SequenceMixer]]] = []
+    for block in dict.fromkeys(blocks):
+        for path, mixer in block.named_modules():
+            if isinstance(mixer, SequenceMixer) and mixer.common:
+                same = [g for at, g in groups if at == path and g[0].config == mixer.config]
+                same[0].append(mixer) if same else groups.append((path, [mixer]))
+    for _, (first, *others) in groups:
+        values = next((m.holder for m in (first, *others) if m not in new), first)
+        with torch.no_grad():
+            for name in first.common if values is not first else ():
+                getattr(first, name).copy_(getattr(values, name))
+        for mixer in others:
+            mixer.join(first)
+
+
+def parameters_of(*modules: nn.Module) -> list[nn.Parameter]:
+    """The parameters that modules compute with: their own, and those that another mixer holds for them."""
+    found = [p for module in modules for p in module.parameters()]
+    parts = [m for module in modules for m in module.modules() if isinstance(m, SequenceMixer)]
+    return found + [getattr(m.holder, name) for m in parts if m.holder is not m for name in m.common]
 
 
 def set_config(model: nn.Module, config: ZooConfig) -> None:
