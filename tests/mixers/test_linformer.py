@@ -111,7 +111,7 @@ def encoder(share: str) -> ZooModel:
 
 
 def copy_to_linformer_pytorch(model: ZooModel, peer) -> None:
-    """Ours, heads side by side, into theirs, a module a head; their E and F also have biases, which the paper has not."""
+    """Our heads, side by side, into theirs, a module a head; their E and F have biases, which the paper has not."""
     for i, block in enumerate(model.layers):
         attention, feed, ours = peer.seq[2 * i], peer.seq[2 * i + 1], block.mixer
         for h, head in enumerate(attention.fn.heads):

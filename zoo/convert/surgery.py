@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from zoo.config import MixerOptions, ZooConfig
 from zoo.errors import ConfigError, ConversionError, TraitError

@@ -152,7 +152,7 @@ class SequenceMixer(nn.Module, ABC):
     shares: ClassVar[bool] = False
     common: tuple[str, ...] = ()
     place: tuple[int, int] = (0, 1)
-    _joined: tuple[Any, ...] = ()  # a tuple, so that the holder is not a module inside this one
+    _holder: tuple[Any, ...] = ()  # a tuple, so that the holder is not a module inside this one
 
     def __init__(self, config: MixerOptions, width: int) -> None:
         super().__init__()
@@ -170,13 +170,13 @@ class SequenceMixer(nn.Module, ABC):
     @property
     def holder(self) -> Self:
         """The mixer that holds this one's `common` parameters."""
-        return self._joined[0] if self._joined else self
+        return self._holder[0] if self._holder else self
 
-    def join(self, holder: Self) -> None:
+    def read_from(self, holder: Self) -> None:
         """Read the `common` parameters from `holder` from now on; those of this mixer go."""
         for name in set(self.common) & self._parameters.keys():
             delattr(self, name)
-        self._joined = (holder,)
+        self._holder = (holder,)
 
     @abstractmethod
     def forward(

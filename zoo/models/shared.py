@@ -115,7 +115,7 @@ def join_mixers(blocks: Iterable[nn.Module], new: Collection[nn.Module] = ()) ->
             for name in first.common if values is not first else ():
                 getattr(first, name).copy_(getattr(values, name))
         for mixer in others:
-            mixer.join(first)
+            mixer.read_from(first)
 
 
 def parameters_of(*modules: nn.Module) -> list[nn.Parameter]:
