@@ -25,7 +25,10 @@ VARIANTS = {
     "capacity": {"capacity": 4},
     "one": {"scores": "one"},
     "expert_choice": {"chooser": "experts"},
+    "by_choice": {"capacity": 4, "priority": "choice"},
+    "by_score": {"capacity": 4, "priority": "score", "normalize": False},
 }
+WHOLE = ("expert_choice", "by_choice", "by_score")  # who looks at the whole sequence
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 
@@ -77,6 +80,24 @@ def token_choice(moe, x_LD):
     return torch.stack(out)
 
 
+def ranked_choice(moe, x_LD):
+    """One sequence, all first choices before the second ones; tokens in their order or that of their highest score."""
+    scores_LE = moe.router(x_LD).softmax(-1)
+    best_LK = scores_LE.topk(moe.config.top_k).indices
+    order = range(len(x_LD))
+    if moe.config.priority == "score":
+        order = sorted(order, key=lambda t: -scores_LE[t].max().item())
+    y, taken = torch.zeros_like(x_LD), [0] * E
+    for k in range(moe.config.top_k):
+        for t in order:
+            e = best_LK[t, k].item()
+            taken[e] += 1
+            if taken[e] <= moe.config.capacity:
+                weight = scores_LE[t, e] / (scores_LE[t, best_LK[t]].sum() if moe.config.normalize else 1)
+                y[t] = y[t] + weight * expert(moe, e, x_LD[t])
+    return y
+
+
 def expert_choice(moe, x_LD):
     scores_LE = moe.router(x_LD).softmax(-1)
     y = torch.zeros_like(x_LD)
@@ -90,7 +111,9 @@ def expert_choice(moe, x_LD):
 def test_is_the_sum_over_the_chosen_experts(name):
     moe, x_BLD = make(name), inputs()[:2, :13].clone()
     leaves = [x_BLD.requires_grad_(), *moe.parameters()]
-    plain = expert_choice if name == "expert_choice" else token_choice
+    plain = {"expert_choice": expert_choice, "by_choice": ranked_choice, "by_score": ranked_choice}.get(
+        name, token_choice
+    )
     got, expected = moe(x_BLD)[0], torch.stack([plain(moe, x) for x in x_BLD])
     torch.testing.assert_close(got, expected, **CLOSE)
     rows = torch.randn_like(got)
@@ -100,7 +123,7 @@ def test_is_the_sum_over_the_chosen_experts(name):
         torch.testing.assert_close(*(zero if g is None or not g.any() else g for g in (a, b)), **CLOSE)
 
 
-@pytest.mark.parametrize("name", [n for n in VARIANTS if n != "expert_choice"])
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n not in WHOLE])
 @torch.no_grad()
 def test_splitting_with_the_state_changes_nothing(name):
     moe, x_BLD = make(name), inputs()
@@ -145,7 +168,7 @@ def test_no_output_depends_on_a_later_token(name):
     changed = x_BLD.clone()
     changed[:, 13:] = torch.randn(B, L - 13, D).double()
     same = torch.allclose(moe(x_BLD)[0][:, :13], moe(changed)[0][:, :13], rtol=1e-10, atol=1e-10)
-    assert same == moe.causal == (name != "expert_choice")
+    assert same == moe.causal == (name not in WHOLE)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen2"])
@@ -184,11 +207,34 @@ def test_expert_choice_is_even_and_looks_at_the_whole_sequence():
     layers = {"ffn": {"chooser": "experts", "balance_loss": 0.0}}
     with pytest.raises(TraitError, match="a causal LM needs causal layers"):
         zoo.create_model("mixtral-tiny", layers=layers)
+    with pytest.raises(TraitError, match=r"layers.0.ffn looks at the whole sequence \(chooser: experts\)"):
+        zoo.create_model("mixtral-tiny", layers=layers)
+    ranked = {"ffns": {"moe": {"capacity": 8, "capacity_factor": None}}}
+    with pytest.raises(TraitError, match=r"layers.1.ffn looks at the whole sequence \(priority: choice\)"):
+        zoo.create_model("gshard-tiny", layers=ranked)
     layers["defaults"] = {"causal": False}
     encoder = zoo.create_model("mixtral-tiny", layers=layers, task="masked-lm")
     out = encoder(torch.ones(1, 9, dtype=torch.long), labels=torch.ones(1, 9, dtype=torch.long))
     out.loss.backward()
     assert encoder.model.layers[0].ffn.router.weight.grad.any()
+
+
+def test_the_second_expert_is_kept_with_twice_its_weight(monkeypatch):
+    """In training only; and one that is dropped takes no place."""
+    moe, x_BLD = make("mixtral", top_k=2, random_second=True), torch.randn(1, 4000, D).double()
+    pairs = [moe.train(training)._route(moe.logits(x_BLD), None, None, None)[0] for training in (False, True)]
+    weight, kept = pairs[0].weight_P.view(-1, 2), (pairs[1].expert_P < E).view(-1, 2)
+    assert kept[:, 0].all()
+    for low, high in ((0, 0.1), (0.1, 0.3), (0.3, 0.5)):
+        among = (weight[:, 1] > low) & (weight[:, 1] <= high)
+        assert kept[among, 1].double().mean().item() == pytest.approx(2 * weight[among, 1].mean().item(), abs=0.06)
+    moe = make("mixtral", top_k=2, random_second=True, capacity_factor=0.75, priority="choice").train()
+    monkeypatch.setattr(torch, "rand_like", torch.ones_like)  # drops all second choices
+    pairs = moe._route(moe.logits(x_BLD), None, None, None)[0]
+    first = pairs.expert_P.view(-1, 2)[:, 0]
+    wanted = moe.logits(x_BLD)[0].argmax(-1).bincount(minlength=E).clamp(max=750)
+    assert first.bincount(minlength=E + 1)[:E].tolist() == wanted.tolist()
+    assert (pairs.expert_P.view(-1, 2)[:, 1] == E).all()
 
 
 # --- Losses and load -----------------------------------------------------------------------------------------------
@@ -316,6 +362,7 @@ def test_gradient_checkpointing_routes_the_same_again(name):
 SIZES = {  # billions: in all, and those that one token meets (model cards, and the papers in the YAMLs)
     "mixtral-8x7b": (46.7, 12.9), "mixtral-8x22b": (140.6, 39.1), "olmoe-1b-7b": (6.92, 1.28),
     "qwen2-moe-a2.7b": (14.3, 2.7), "deepseek-moe-16b": (16.4, 2.8), "deepseek-v3-671b": (671, 37),
+    "expert-choice-64e-143b": (143, 9.8),
 }  # fmt: skip
 
 
@@ -328,6 +375,13 @@ def test_parameters_in_all_and_active_are_the_published(name):
     assert info["active_parameters"] / 1e9 == pytest.approx(SIZES[name][1], rel=0.02)
     # what a token meets are matrix products, but for its row of the embedding; the map of attention is small at 512
     assert info["flops_per_token"]["512"] / 2e9 == pytest.approx(SIZES[name][1], rel=0.13)
+
+
+@pytest.mark.parametrize(("name", "total"), [("16e-548m", 0.548), ("64e-1.9b", 1.9), ("128e-3.7b", 3.7)])
+def test_parameters_of_expert_choice_are_the_published(name, total):
+    from zoo.cli.show import describe
+
+    assert describe(f"expert-choice-{name}")["parameters"] / 1e9 == pytest.approx(total, rel=0.006)
 
 
 def test_switch_starts_with_small_cut_normals():
@@ -352,6 +406,9 @@ def test_switch_starts_with_small_cut_normals():
         ({"shared_gate": True}, "shared_gate without shared_size"),
         ({"capacity": 2, "capacity_factor": 1.5}, r"capacity \(2\) and capacity_factor \(1.5\) exclude each other"),
         ({"chooser": "experts", "balance_loss": 0.1}, "balance_loss has no meaning with chooser: experts"),
+        ({"priority": "score"}, r"priority \('score'\) without capacity or capacity_factor"),
+        ({"random_second": True}, "random_second needs top_k 2"),
+        ({"chooser": "experts", "top_k": 2, "random_second": True}, "random_second has no meaning with chooser"),
         ({"activation": "sillu"}, "unknown activation 'sillu'; did you mean 'silu'"),
         ({"experts": 4}, "experts: unknown key; did you mean 'num_experts'"),
     ],

@@ -228,3 +228,37 @@ def test_switch_losses():
     ours.train()(x_BLD)
     close(ours.auxiliary_loss, switch_loss(logits.softmax(-1), logits.argmax(-1)), 1e-5)
     close(z_loss(logits, None), router_z_loss_func(logits), 1e-5)
+
+
+@pytest.mark.parametrize("priority", ["choice", "score"])
+@pytest.mark.parametrize("capacity", [3, 64])
+def test_top2_router_with_priorities(priority, capacity):
+    """Which token goes where, and with which weight, by the router of NLLB-MoE, whose rules are those of GShard."""
+    from transformers import NllbMoeConfig
+    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
+
+    config = NllbMoeConfig(
+        d_model=16, num_experts=4, expert_capacity=capacity, second_expert_policy="all", router_bias=False,
+        normalize_router_prob_before_dropping=True, batch_prioritized_routing=priority == "score",
+        moe_eval_capacity_token_fraction=-1.0,
+    )  # fmt: skip
+    theirs = NllbMoeTop2Router(config).eval()
+    options = {"num_experts": 4, "hidden_size": 8, "top_k": 2, "capacity": capacity, "priority": priority}
+    ours = MoE(MoEConfig(**options), 16).eval()
+    ours.router.load_state_dict(random_weights(theirs.classifier, 1.0).state_dict())
+    x_LD = torch.randn(20, 16)
+    _, expected_LE, _ = theirs(x_LD)
+    pairs, _ = ours._route(ours.logits(x_LD[None]), None, None, None)
+    got_LE = torch.zeros(20, 5).index_put((pairs.token_P, pairs.expert_P), pairs.weight_P, accumulate=True)
+    close(got_LE[:, :4], expected_LE, 1e-5)
+    assert bool((expected_LE.sum(-1) < 0.999).any()) == (capacity == 3)
+
+
+def test_gshard_loss():
+    """Formula 6 of the paper times E^2: mean share of first choices times mean probability."""
+    ours = MoE(MoEConfig(num_experts=4, hidden_size=8, top_k=2, balance_loss=1.0, balance_first=True), 16).train()
+    x_BLD = torch.randn(2, 20, 16)
+    ours(x_BLD)
+    p_NE = ours.router(x_BLD).softmax(-1).flatten(0, 1)
+    share_E = torch.nn.functional.one_hot(p_NE.argmax(-1), 4).float().mean(0)
+    close(ours.auxiliary_loss, 16 * (share_E * p_NE.mean(0)).mean(), 1e-5)

@@ -154,6 +154,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, make, ids_BL):
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             assert model.is_gradient_checkpointing
+        torch.manual_seed(0)
         model(ids_BL, attention_mask=mask_BL, labels=ids_BL).loss.backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
     for key, value in gradients[0].items():

@@ -36,6 +36,11 @@ class ChannelMixer(nn.Module, ABC):
         """Whether no output depends on a later position."""
         return True
 
+    @property
+    def not_causal(self) -> str:
+        """The option because of which `causal` is False, for messages."""
+        return self.name
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "auxiliary_loss": None}  # copies and pickles: not of a graph
 

@@ -4,6 +4,7 @@
 
 One layer, told apart by its options:
 
+    GShard (Lepikhin et al. 2020, 2006.16668)     top_k 2, capacity_factor 1.0, priority choice, random_second
     Switch (Fedus et al. 2021, 2101.03961)        top_k 1, normalize false, capacity_factor 1.25, jitter 0.01
     Mixtral (Jiang et al. 2024, 2401.04088)       top_k 2, normalize true: the softmax over the chosen two
     DeepSeekMoE (Dai et al. 2024, 2401.06066)     many small experts, top_k 6, normalize false, shared experts
@@ -14,7 +15,8 @@ One layer, told apart by its options:
     MoEfication (Zhang et al. 2021, 2110.01786)   scores one: the chosen parts of a dense MLP simply add up
 
 Dropless (Gale et al. 2022) unless a capacity is set. A token that found no place passes through: its output is zero
-here and the residual carries it on.
+here and the residual carries it on. Expert choice, and places given by `choice` or by `score`, depend on the whole
+sequence: such a layer is not causal (`causal` is False) where that holds in evaluation too.
 
 Load: `balance_loss` and `z_loss` are added to the loss of the model in training (see `routing`). `bias_rate` balances
 without a loss (Wang et al. 2024, 2408.15664): a bias per expert takes part in the choice, but not in the weights, and
@@ -54,8 +56,11 @@ class MoEConfig(FFNOptions):
     hidden_size: inner width of one expert; shared_size: that of the shared experts together. chooser: `tokens` take
     their top_k experts, or `experts` take their share of the tokens, top_k of them a token on average. capacity: places
     of an expert in each sequence, always; capacity_factor: in training only, times an even share of the sequence (in
-    evaluation nothing is dropped, so that decoding needs no length). jitter: the router's input is multiplied by
-    1 +- jitter in training. balance_loss, z_loss: weights of the losses. init_scale: see `Experts`.
+    evaluation nothing is dropped, so that decoding needs no length). priority: who gets the places, the tokens in their
+    order with all their choices (`position`), all first choices before the second ones (`choice`), or that with the
+    tokens of the highest score first (`score`). random_second: in training the second of two experts is kept with
+    probability 2 weight_2. jitter: the router's input is multiplied by 1 +- jitter in training. balance_loss, z_loss:
+    weights of the losses; balance_first: the former counts first choices only. init_scale: see `Experts`.
     """
 
     name: Literal["moe"] = "moe"
@@ -73,6 +78,9 @@ class MoEConfig(FFNOptions):
     chooser: Literal["tokens", "experts"] = "tokens"
     capacity: int | None = Field(None, ge=1, le=1 << 27)
     capacity_factor: float | None = Field(None, gt=0, le=1e4)
+    priority: Literal["position", "choice", "score"] = "position"
+    random_second: bool = False
+    balance_first: bool = False
     jitter: float = Field(0.0, ge=0, lt=1)
     router_bias: bool = False
     shared_size: int | None = Field(None, ge=1, le=1 << 20)
@@ -107,10 +115,15 @@ class MoEConfig(FFNOptions):
             raise ValueError(
                 f"capacity ({self.capacity}) and capacity_factor ({self.capacity_factor}) exclude each other"
             )
+        if self.priority != "position" and self.capacity is None and self.capacity_factor is None:
+            raise ValueError(f"priority ({self.priority!r}) without capacity or capacity_factor: nothing is scarce")
+        if self.random_second and (self.top_k != 2 or not self.normalize or self.scores == "one"):
+            raise ValueError("random_second needs top_k 2, normalize, and scores that weigh")
         if self.chooser == "experts":
             unused = {
                 "capacity": self.capacity, "capacity_factor": self.capacity_factor, "balance_loss": self.balance_loss,
                 "bias_rate": self.bias_rate, "groups": self.groups > 1, "scores": self.scores == "one",
+                "random_second": self.random_second,
             }  # fmt: skip
             if wrong := [key for key, value in unused.items() if value]:
                 raise ValueError(f"{wrong[0]} has no meaning with chooser: experts, whose load is even by itself")
@@ -144,7 +157,13 @@ class MoE(ChannelMixer):
     @property
     def causal(self) -> bool:
         """Whether no token's output depends on a later token."""
-        return self.config.chooser == "tokens"
+        c = self.config
+        return c.chooser == "tokens" and (c.capacity is None or c.priority == "position")
+
+    @property
+    def not_causal(self) -> str:
+        """The option because of which `causal` is False, for messages."""
+        return "chooser: experts" if self.config.chooser == "experts" else f"priority: {self.config.priority}"
 
     def forward(
         self,
@@ -156,7 +175,7 @@ class MoE(ChannelMixer):
     ) -> tuple[Tensor, State | None]:
         refuse_segments_with_state(segments_BL, state)
         if state is not None and not self.causal:
-            raise TraitError("chooser: experts looks at a whole sequence at once, so there is no state to carry")
+            raise TraitError(f"{self.not_causal} looks at a whole sequence at once, so there is no state to carry")
         if mask_BL is not None:  # whatever stands in the padding, nothing of it gets any further
             x_BLD = x_BLD.masked_fill(~mask_BL[..., None], 0)
         logits_BLE = self.logits(x_BLD)
@@ -191,20 +210,42 @@ class MoE(ChannelMixer):
         choice_BLE = scores_BLE.detach() + self.balance_E if c.bias_rate else scores_BLE.detach()
         experts_BLK = decided(lambda: routing.choose_experts(choice_BLE, c.top_k, c.groups, c.top_groups))
         self._note(logits_BLE, scores_BLE, experts_BLK, mask_BL)
+        weights_BLK = routing.chosen_weights(scores_BLE, experts_BLK, c.scores, c.normalize, c.scale)
         kept_BLK = None if mask_BL is None else mask_BL[..., None].expand_as(experts_BLK)
+        if c.random_second and self.training:
+            second_BL1 = 2 * weights_BLK[..., 1:].detach() / c.scale > torch.rand_like(weights_BLK[..., 1:])
+            stays_BLK = decided(lambda: torch.cat([torch.ones_like(second_BL1), second_BL1], -1))
+            kept_BLK = stays_BLK if kept_BLK is None else kept_BLK & stays_BLK
         limit: Tensor | int | None = c.capacity
         if c.capacity_factor is not None and self.training:
             tokens_BL = routing.sequence_lengths(logits_BLE, mask_BL, segments_BL)
             limit = routing.capacity_of(c.capacity_factor, c.top_k, c.num_experts, tokens_BL)
         if limit is not None:
-            taken_BE = None if state is None or c.capacity is None else state["taken"]
-            places = {"mask_BL": mask_BL, "segments_BL": segments_BL, "taken_BE": taken_BE}
-            fits_BLK, after_BE = routing.within_capacity(experts_BLK, c.num_experts, limit, **places)
+            wanted_BLK = experts_BLK if kept_BLK is None else experts_BLK.masked_fill(~kept_BLK, c.num_experts)
+            fits_BLK = self._places(wanted_BLK, limit, scores_BLE, mask_BL, segments_BL, state, after)
             kept_BLK = fits_BLK if kept_BLK is None else kept_BLK & fits_BLK
-            if after is not None and c.capacity is not None:
-                after.tensors["taken"] = after_BE
-        weights_BLK = routing.chosen_weights(scores_BLE, experts_BLK, c.scores, c.normalize, c.scale)
         return routing.token_pairs(weights_BLK, experts_BLK, kept_BLK, c.num_experts), after
+
+    def _places(
+        self,
+        experts_BLK: Tensor,
+        limit: Tensor | int,
+        scores_BLE: Tensor,
+        mask_BL: Tensor | None,
+        segments_BL: Tensor | None,
+        state: State | None,
+        after: State | None,
+    ) -> Tensor:
+        """Which choices find a place (B, L, K); notes in `after` the places taken."""
+        c, context = self.config, {"mask_BL": mask_BL, "segments_BL": segments_BL}
+        if c.priority != "position":
+            best_BL = decided(lambda: scores_BLE.detach().amax(-1)) if c.priority == "score" else None
+            return routing.within_capacity_by_rank(experts_BLK, c.num_experts, limit, score_BL=best_BL, **context)
+        taken_BE = None if state is None or c.capacity is None else state["taken"]
+        fits_BLK, after_BE = routing.within_capacity(experts_BLK, c.num_experts, limit, taken_BE=taken_BE, **context)
+        if after is not None and c.capacity is not None:
+            after.tensors["taken"] = after_BE
+        return fits_BLK
 
     def _note(self, logits_BLE: Tensor, scores_BLE: Tensor, experts_BLK: Tensor | None, mask_BL: Tensor | None) -> None:
         """In training: the loss of the last forward, and the load since the last step."""
@@ -215,14 +256,15 @@ class MoE(ChannelMixer):
         if c.z_loss:
             loss = c.z_loss * routing.z_loss(logits_BLE, mask_BL)
         if experts_BLK is not None and (c.balance_loss or c.bias_rate):
-            chosen_BLE = routing.chosen(experts_BLK, c.num_experts, mask_BL)
             if c.balance_loss:
+                counted_BLK = experts_BLK[..., :1] if c.balance_first else experts_BLK
+                counted_BLE = routing.chosen(counted_BLK, c.num_experts, mask_BL)
                 p_BLE = logits_BLE.softmax(-1) if c.scores == "one" else scores_BLE
                 p_BLE = p_BLE / p_BLE.sum(-1, keepdim=True) if c.scores == "sigmoid" else p_BLE
-                balance = c.balance_loss * routing.balance_loss(p_BLE, chosen_BLE, mask_BL)
+                balance = c.balance_loss * routing.balance_loss(p_BLE, counted_BLE, mask_BL)
                 loss = balance if loss is None else loss + balance
             if c.bias_rate and self.router.weight.requires_grad and not recomputing():
-                load_E = chosen_BLE.sum((0, 1))
+                load_E = routing.chosen(experts_BLK, c.num_experts, mask_BL).sum((0, 1))
                 self._load_E = load_E if self._load_E is None else self._load_E + load_E
         self.auxiliary_loss = loss
 

@@ -3,6 +3,9 @@
     token choice    each token takes the k experts with the highest scores            Shazeer et al. 2017, 1701.06538
     groups          out of the `top_groups` whose two highest scores sum to most      DeepSeek-V3, 2412.19437
     capacity        an expert takes the first so many tokens of a sequence            Fedus et al. 2021, 2101.03961
+    by choice       all first choices before all second ones                          Lepikhin et al. 2020, 2006.16668
+    by score        the same, tokens in the order of their highest score              Riquelme et al. 2021, 2106.05974
+    random second   the second expert kept with probability 2 weight_2                Lepikhin et al. 2020, 2006.16668
     expert choice   each expert takes the k n / E tokens with the highest scores      Zhou et al. 2022, 2202.09368
 
     load balancing  E sum_e f_e P_e      f: choices of e a token, P: mean probability of e      Fedus et al., eq. 4
@@ -19,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.ops.chunks import run_starts
@@ -107,9 +111,10 @@ def within_capacity(
     """Which choices are among the first `capacity` of their expert in their sequence: (B, L, K), and the places taken.
 
     capacity: for all, or (B, L). taken_BE: places that earlier calls have taken; what comes back includes them. Tokens
-    come in order, each with all its choices at once, so that nothing depends on a later token.
+    come in order, each with all its choices at once, so that nothing depends on a later token. Choices of the expert
+    `count` (nobody) take no place.
     """
-    chosen_BLE = chosen(experts_BLK, count, mask_BL).long()
+    chosen_BLE = chosen(experts_BLK, count + 1, mask_BL)[..., :count].long()
     place_BLE = chosen_BLE.cumsum(1)
     if taken_BE is not None:
         place_BLE = place_BLE + taken_BE[:, None]
@@ -118,7 +123,39 @@ def within_capacity(
         start_BL1 = run_starts(segments_BL, mask_BL)[..., None]
         place_BLE = place_BLE - torch.where(start_BL1, place_BLE - chosen_BLE, 0).cummax(1).values
     limit = capacity[..., None] if isinstance(capacity, Tensor) else capacity
-    return place_BLE.gather(-1, experts_BLK) <= limit, after_BE
+    return place_BLE.gather(-1, experts_BLK.clamp(max=count - 1)) <= limit, after_BE
+
+
+def within_capacity_by_rank(
+    experts_BLK: Tensor,
+    count: int,
+    capacity: Tensor | int,
+    *,
+    score_BL: Tensor | None = None,
+    mask_BL: Tensor | None = None,
+    segments_BL: Tensor | None = None,
+) -> Tensor:
+    """As `within_capacity` (B, L, K), where all first choices come before all second ones, and so on.
+
+    Among equal choices the tokens with the higher `score_BL` come first, without it the earlier ones. Who finds a place
+    depends on the whole sequence. Choices of the expert `count` (nobody) take no place.
+    """
+    B, L, K = experts_BLK.shape
+    rank_BL = torch.arange(L, device=experts_BLK.device).expand(B, L)
+    if score_BL is not None:
+        rank_BL = invert(score_BL.argsort(dim=1, descending=True, stable=True))
+    run_BL = torch.zeros_like(rank_BL) if segments_BL is None else run_starts(segments_BL, mask_BL).long().cumsum(1)
+    choice_K = torch.arange(K, device=experts_BLK.device)
+    order_BP = ((run_BL[..., None] * K + choice_K) * L + rank_BL[..., None]).flatten(1).argsort(1)
+    taken_BLK = experts_BLK if mask_BL is None else experts_BLK.masked_fill(~mask_BL[..., None], count)
+    wanted_BPE = F.one_hot(taken_BLK.flatten(1).gather(1, order_BP), count + 1)
+    place_BPE = wanted_BPE.cumsum(1)
+    run_BP = run_BL.repeat_interleave(K, 1).gather(1, order_BP)
+    start_BP = F.pad(run_BP[:, 1:] != run_BP[:, :-1], (1, 0))
+    place_BPE = place_BPE - torch.where(start_BP[..., None], place_BPE - wanted_BPE, 0).cummax(1).values
+    place_BP = (place_BPE * wanted_BPE).sum(-1).gather(1, invert(order_BP))
+    limit = capacity[..., None] if isinstance(capacity, Tensor) else capacity
+    return place_BP.view(B, L, K) <= limit
 
 
 def capacity_of(factor: float, top_k: int, count: int, tokens_BL: Tensor) -> Tensor:

@@ -366,9 +366,17 @@ class ZooModel(ZooPreTrainedModel):
     @property
     def is_causal(self) -> bool:
         """Whether every layer is causal, so that a state can be carried."""
-        return all(
-            getattr(block.mixer.config, "causal", True) and getattr(block.ffn, "causal", True) for block in self.layers
-        )
+        return self.why_not_causal is None
+
+    @property
+    def why_not_causal(self) -> str | None:
+        """The first layer's option that lets it see later positions; None where every layer is causal."""
+        for i, block in enumerate(self.layers):
+            if not getattr(block.mixer.config, "causal", True):
+                return f"layers.{i}.mixer has causal: false"
+            if not getattr(block.ffn, "causal", True):
+                return f"layers.{i}.ffn looks at the whole sequence ({block.ffn.not_causal})"
+        return None
 
     @staticmethod
     def _mask(attention_mask: Tensor | None, L: int) -> Tensor | None:

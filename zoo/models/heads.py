@@ -93,8 +93,11 @@ class ZooForCausalLM(_Vocabulary, GenerationMixin):
     def __init__(self, config: ZooConfig) -> None:
         super().__init__(config)
         self.model = ZooModel(config)
-        if not self.model.is_causal:
-            raise TraitError("a causal LM needs causal layers: set causal: true on every mixer, or take task masked-lm")
+        if (reason := self.model.why_not_causal) is not None:
+            raise TraitError(
+                f"a causal LM needs causal layers, but {reason}: set causal: true on every mixer and "
+                "chooser: tokens on every moe, or take task masked-lm"
+            )
         self.lm_head = self._make_head(config.spec)
         self.exits = EarlyExits(config.spec) if config.exits else None
         self.post_init()
