@@ -37,6 +37,10 @@ class CheckpointError(ZooError, RuntimeError):
     """A checkpoint that is incomplete, truncated or belongs to another run."""
 
 
+class ExportError(ZooError, ValueError):
+    """A model that a layout cannot express; the message carries the reason and the layouts that can."""
+
+
 class TrainingError(ZooError, RuntimeError):
     """Training that stopped: a NaN, a diverging loss, a full disk."""
 

@@ -25,6 +25,10 @@ class Options(BaseModel):
         except ValidationError as error:
             raise ConfigError(explain(error, cls, path)) from None
 
+    def resolved(self, width: int) -> Self:
+        """The options with those that follow from the model's width (None) written out."""
+        return self
+
     def plain(self) -> dict[str, Any]:
         """The options as JSON types, in the order of the class."""
         return self.model_dump(mode="json")

@@ -10,6 +10,7 @@ import typer
 from zoo.cli.common import JsonOption, print_json, print_table
 
 MIXER_COLUMNS = {"mixer": "name", "direction": "direction", "state": "state", "about": "about"}
+LAYOUT_COLUMNS = {"layout": "layout", "family": "family", "direction": "direction", "about": "about"}
 MODEL_COLUMNS = {
     "model": "name", "task": "task", "layers": "layers", "width": "hidden_size", "parameters": "parameters",
     "state": "state", "mixers": "mixers", "weights": "pretrained",
@@ -26,17 +27,18 @@ def list_(
     mixer: Annotated[str | None, typer.Option(metavar="MIXER", help="Only models with a layer of this mixer.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Only models with published weights.")] = False,
     mixers: Annotated[bool, typer.Option("--mixers", help="List the sequence mixers instead of the models.")] = False,
+    layouts: Annotated[bool, typer.Option("--layouts", help="List whose checkpoints come in and go out.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """The models that can be created by name, or with [bold]--mixers[/bold] what attention can be replaced with."""
     wild = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-    rows = _mixers(wild) if mixers else _models(wild, task, mixer, pretrained)
+    rows = _layouts(wild) if layouts else _mixers(wild) if mixers else _models(wild, task, mixer, pretrained)
     if not rows:
-        _say_what_is_near(pattern, mixers)
+        _say_what_is_near(pattern, mixers, layouts)
     if as_json:
         print_json(rows)
         return
-    keys = MIXER_COLUMNS if mixers else MODEL_COLUMNS
+    keys = LAYOUT_COLUMNS if layouts else MIXER_COLUMNS if mixers else MODEL_COLUMNS
     shown = [[_shown(key, row[key]) for key in keys.values()] for row in rows]
     print_table(list(keys), shown, right=("layers", "width", "parameters"))
 
@@ -53,6 +55,20 @@ def _shown(key: str, value: Any) -> Any:
         words = [f"{short_bytes(n)}{end}" for n, end in zip(parts, ("", " a token"), strict=True) if n]
         return " + ".join(words) or "none"
     return value
+
+
+def _layouts(pattern: str) -> list[dict[str, Any]]:
+    import fnmatch
+
+    from zoo.convert.layouts import list_layouts
+    from zoo.convert.layouts.family import families
+
+    directions = list_layouts()
+    return [
+        {"layout": f.layout, "family": f.name, "direction": directions[f.layout][f.name], "about": f.about}
+        for f in families()
+        if fnmatch.fnmatch(f.layout, pattern) or fnmatch.fnmatch(f.name, pattern)
+    ]
 
 
 def _models(pattern: str, task: str | None, mixer: str | None, pretrained: bool) -> list[dict[str, Any]]:
@@ -120,11 +136,13 @@ def _mixers(pattern: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _say_what_is_near(pattern: str, mixers: bool) -> None:
+def _say_what_is_near(pattern: str, mixers: bool, layouts: bool) -> None:
+    from zoo.convert.layouts import list_layouts
     from zoo.errors import unknown_name
     from zoo.registry import list_mixers, list_models
 
     if not any(c in pattern for c in "*?["):
-        known = list_mixers() if mixers else list_models()
+        kind = "layout" if layouts else "mixer" if mixers else "model"
+        known = list(list_layouts()) if layouts else list_mixers() if mixers else list_models()
         if not any(pattern in name for name in known):
-            raise unknown_name("mixer" if mixers else "model", pattern, known)
+            raise unknown_name(kind, pattern, known)

@@ -11,7 +11,9 @@ from zoo.cli.backends import backends
 from zoo.cli.common import JsonOption, examples, guarded
 from zoo.cli.convert import convert
 from zoo.cli.distill import distill
+from zoo.cli.export import export
 from zoo.cli.generate import generate
+from zoo.cli.import_ import import_
 from zoo.cli.list import list_
 from zoo.cli.score import score
 from zoo.cli.show import show
@@ -111,6 +113,14 @@ app.command(
         "zoo generate student --prompt 'The capital of France is' --beams 4 --max-new-tokens 8",
     ),
 )(guarded(generate))
+app.command(
+    "import",
+    epilog=examples(
+        "zoo import mamba-130m --out model      [dim]# the layout is guessed[/dim]",
+        "zoo import RWKV-4-Pile-169M.pth --layout rwkv --out model",
+    ),
+)(guarded(import_))
+app.command("export", epilog=examples("zoo export student --layout transformers --out for-everyone"))(guarded(export))
 app.command("demo", epilog=examples("zoo demo --out demo", "zoo demo --mixer mamba2+window --minutes 10 --json"))(
     guarded(demo, GO_ON)
 )

@@ -58,6 +58,11 @@ class MambaConfig(MixerOptions):
     out_init: float = Field(1.0, gt=0, le=100)
     causal: bool = True
 
+    def resolved(self, width: int) -> Self:
+        """With the inner width and the rank of the steps written out."""
+        sizes = {"inner_dim": self.inner_dim or 2 * width, "dt_rank": self.dt_rank or math.ceil(width / 16)}
+        return self.model_copy(update=sizes)
+
 
 @register_mixer("mamba")
 class Mamba(SequenceMixer):
@@ -70,8 +75,8 @@ class Mamba(SequenceMixer):
 
     def __init__(self, config: MambaConfig, width: int) -> None:
         super().__init__(config, width)
-        self.inner = config.inner_dim or 2 * width
-        self.rank = config.dt_rank or math.ceil(width / 16)
+        sizes: Any = config.resolved(width)
+        self.inner, self.rank = sizes.inner_dim, sizes.dt_rank
         E, N = self.inner, config.state_dim
         self.in_proj = Linear(width, 2 * E, bias=config.bias)
         self.conv = ShortConv(E, config.conv, config.conv_bias)

@@ -1,0 +1,60 @@
+"""`zoo import`: somebody's checkpoint in, a zoo model out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zoo.cli.common import JsonOption, only_json_on_stdout, print_json, quiet_libraries, say
+
+
+def import_(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A folder or a file of weights.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the result.")],
+    layout: Annotated[
+        str | None, typer.Option(metavar="L", help="Whose names: see zoo list --layouts. Default: guessed, and said.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16. Default: as stored.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A folder or a Hub name. Default: the one beside the weights.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that is in --out.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read an official checkpoint exactly: names, shapes and options are checked before anything is loaded."""
+    with only_json_on_stdout(as_json):
+        from zoo.convert.layouts import import_checkpoint
+        from zoo.errors import CheckpointError
+
+        quiet_libraries()
+        if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+            raise CheckpointError(f"{out}: exists already; --overwrite replaces it")
+        found = import_checkpoint(checkpoint, layout=layout, dtype=_dtype(dtype), tokenizer=tokenizer)
+        found.model.save_pretrained(out)
+        if found.tokenizer is not None:
+            found.tokenizer.save_pretrained(out)
+    parameters = sum(p.numel() for p in found.model.parameters())
+    if as_json:
+        facts = {"layout": found.layout, "family": found.family, "parameters": parameters}
+        print_json({**facts, "dtype": str(found.model.dtype).removeprefix("torch."), "out": str(out)})
+        return
+    say(f"read as {found.family} in the layout {found.layout}: {parameters:,} parameters, {found.model.dtype}")
+    say(
+        f"saved in {out}; next: zoo show {out}"
+        + ("" if found.tokenizer is None else f", zoo generate {out} --prompt TEXT")
+    )
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    from zoo.errors import ConfigError, did_you_mean
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name is not None and name not in known:
+        raise ConfigError(f"--dtype {name!r}{did_you_mean(name, known)}")
+    return None if name is None else known[name]

@@ -1,0 +1,185 @@
+"""`import_checkpoint` and `export_model`, and the guess which layout a checkpoint has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.config import ZooConfig
+from zoo.convert.layouts.family import Family, difference, families, open_any
+from zoo.convert.layouts.files import Checkpoint
+from zoo.convert.layouts.loading import load_entries, their_tensors
+from zoo.errors import CheckpointError, ConfigError, ExportError, ZooError, unknown_name
+from zoo.models.backbone import ZooPreTrainedModel
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass
+class Imported:
+    """A model that came in, its tokenizer where there is one, and the layout and family it was read as."""
+
+    model: ZooPreTrainedModel
+    tokenizer: Any
+    layout: str
+    family: str
+
+
+def list_layouts() -> dict[str, dict[str, str]]:
+    """The layouts, each with its families and whether they can be read, or read and written ("in", "in and out")."""
+    found: dict[str, dict[str, str]] = {}
+    for family in families():
+        found.setdefault(family.layout, {})[family.name] = "in and out" if family.writes else "in"
+    return found
+
+
+def import_checkpoint(
+    path: str | Path,
+    *,
+    layout: str | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: Any = None,
+    tokenizer: Any = None,
+) -> Imported:
+    """Somebody's checkpoint as a zoo model, in eval mode.
+
+    Args:
+        path: a folder, or a file of weights.
+        layout: one of `list_layouts()`; None: guessed from the config and the names of the tensors.
+        dtype: of the weights; None: as stored. Parameters that must stay float32 do so.
+        device_map: a device, a mapping, or "auto" (see accelerate); None: the CPU.
+        tokenizer: a tokenizer or its name, in place of the one in the folder.
+
+    Raises CheckpointError for what is damaged, incomplete or of no known layout; UnknownNameError for a layout that
+    does not exist.
+    """
+    path = Path(path)
+    if layout is not None and layout not in list_layouts():
+        raise unknown_name("layout", layout, list_layouts())
+    checkpoint = open_any(path, layout)
+    family = _family_of(checkpoint, layout)
+    config = _config_of(family, checkpoint)
+    model = load_entries(family, config, checkpoint, dtype=dtype, device_map=device_map)
+    folder = path if path.is_dir() else path.parent
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return Imported(model, _tokenizer(folder, config.vocab_size, tokenizer), family.layout, family.name)
+
+
+def guess_layout(path: str | Path) -> tuple[str, str]:
+    """Layout and family of a checkpoint. Raises CheckpointError where it is of none, or could be of several."""
+    family = _family_of(open_any(Path(path), None), None)
+    return family.layout, family.name
+
+
+def _family_of(checkpoint: Checkpoint, layout: str | None) -> Family:
+    found = [family for family in families(layout) if _recognises(family, checkpoint)]
+    if len(found) == 1:
+        return found[0]
+    config = checkpoint.config
+    kind = next((f"{key} {config[key]!r}" for key in ("model_type", "architectures") if config.get(key)), "")
+    what = f"{kind or 'no config beside it'}, first tensor {min(checkpoint.shapes, default='none')!r}"
+    if not found:
+        known = ", ".join(sorted({family.name for family in families(layout)}))
+        of = f"of the layout {layout!r}" if layout else "of any layout"
+        raise CheckpointError(f"{checkpoint.path}: no family {of} knows it ({what}); families: {known}")
+    names = " or ".join(f"--layout {family.layout} ({family.name})" for family in found)
+    raise CheckpointError(f"{checkpoint.path}: could be of several layouts ({what}); say which: {names}")
+
+
+def _recognises(family: Family, checkpoint: Checkpoint) -> bool:
+    try:
+        return family.recognises(checkpoint)
+    except (KeyError, TypeError, ValueError, AttributeError):  # a config of another kind, or a broken one
+        return False
+
+
+def _config_of(family: Family, checkpoint: Checkpoint) -> ZooConfig:
+    where = f"{checkpoint.path}: config"
+    origin = {"layout": family.layout, "family": family.name, "config": checkpoint.config}
+    try:
+        fields = family.fields(checkpoint)
+        return ZooConfig(**{**fields, "origin": {**origin, **fields.get("origin", {})}})
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    except ZooError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{where}: {error.args[0]} is missing") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
+        raise CheckpointError(f"{where}: a value is not what {family.name} needs: {error}") from None
+
+
+def _tokenizer(folder: Path, vocab_size: int, given: Any) -> Any:
+    from zoo.convert.teachers.sources import given_tokenizer, reading
+
+    if given is None and any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        given = folder
+    with reading(f"{folder}: tokenizer"):
+        return given_tokenizer(given, vocab_size)
+
+
+def export_model(
+    model: ZooPreTrainedModel, layout: str, out: str | Path, *, tokenizer: Any = None, overwrite: bool = False
+) -> Family:
+    """Write a model in somebody's layout, with the tokenizer where there is one; returns the family that took it.
+
+    Raises ExportError where the layout cannot express the model, with the reason and the layouts that can, and where
+    the folder is not empty and `overwrite` is not set; UnknownNameError for a layout that does not exist.
+    """
+    if layout not in list_layouts():
+        raise unknown_name("layout", layout, list_layouts())
+    out = Path(out)
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out}: exists already; give overwrite=True (--overwrite) to write into it")
+    family, values = family_for(model.config, layout)
+    out.mkdir(parents=True, exist_ok=True)
+    family.save(out, values, their_tensors(family, model))
+    tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    if model.can_generate() and model.generation_config is not None and (out / "config.json").is_file():
+        model.generation_config.save_pretrained(out)
+    return family
+
+
+def family_for(config: ZooConfig, layout: str) -> tuple[Family, dict[str, Any]]:
+    """The family of a layout that can express a config, with their config. Raises ExportError; see `export_model`."""
+    reasons = []
+    for family in families(layout):
+        try:
+            return family, expressed(family, config)
+        except ExportError as error:
+            reasons.append(f"{family.name}: {error}")
+    others = sorted({f.layout for f in families() if f.layout != layout and _can(f, config)})
+    mixers = ", ".join(sorted(set(config.mixer_names)))
+    near = [r for r in reasons if "has no" not in r] or [f"nothing there has layers of {mixers}"]
+    hint = f"; layouts that can: {', '.join(others)}" if others else "; no other layout can either, keep it as it is"
+    raise ExportError(f"layout {layout!r} cannot express this model ({'; '.join(near[:3])}){hint}")
+
+
+def expressed(family: Family, config: ZooConfig) -> dict[str, Any]:
+    """Their config of one of ours; raises ExportError where reading it back would not give the same model."""
+    if not family.writes:
+        raise ExportError("can be read, not written")
+    if missing := sorted(set(config.mixer_names) - set(family.mixers)):
+        raise ExportError(f"has no {missing[0]}")
+    values = family.config(config)
+    again = ZooConfig(**{**family.fields(Checkpoint(Path(family.name), values)), "origin": {}})
+    lost = difference(config, again, family.inert)
+    if lost is not None:
+        raise ExportError(lost)
+    return values
+
+
+def _can(family: Family, config: ZooConfig) -> bool:
+    try:
+        expressed(family, config)
+    except (ExportError, CheckpointError, ConfigError):
+        return False
+    return True
