@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from zoo.errors import ConfigError
-from zoo.ops import dplr
 from zoo.ops.dplr import DPLR, dplr_ssm, kernels
 from zoo.ops.state_space import hippo_legs, legs_normal
 from zoo.ops.state_space_reference import dplr_ssm_reference
@@ -42,7 +41,7 @@ def dense(model, e):
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 65])
 def test_kernel_is_the_power_series_of_the_dense_matrices(length):
     model, _, _ = make(outputs=2)
-    got = kernels(model, model.b_EN[None], length)[:, 0]
+    got = kernels(model, model.written()[None], length)[0][:, 0]
     for e, dt in enumerate(model.dt_E):
         A, b, c = dense(model, e)
         solve = torch.linalg.inv(torch.eye(2 * N) - dt / 2 * A)
@@ -66,7 +65,7 @@ def test_kernel_of_hippo_legs_is_that_of_the_dense_matrix():
     frequency, V = torch.linalg.eigh(skew * -1j)
     c_normal = (c.to(V.dtype) @ V)[frequency > 0]
     model = DPLR(torch.tensor([dt], dtype=torch.float64), w[None], p[None], b_normal[None], c_normal[None, None])
-    assert (kernels(model, b_normal[None, None], length)[0, 0, 0] - wanted).abs().max() < 1e-10 * wanted.abs().max()
+    assert (kernels(model, model.written()[None], length)[0][0, 0, 0] - wanted).abs().max() < 1e-10 * wanted.abs().max()
 
 
 def test_kernel_is_that_of_the_authors():
@@ -79,7 +78,7 @@ def test_kernel_is_that_of_the_authors():
     p, b, c = (torch.view_as_complex(formula(pairs, k)) for k in (0.8, 1.9, 1.3))
     rates = torch.complex(-(-0.7 + 0.3 * formula(pairs[:2], 0.9)).exp(), 9 * formula(pairs[:2], 1.7))
     model = DPLR((-2 + formula(pairs[:1], 2.1)).exp(), rates, p, b, c[None])
-    got = kernels(model, b[None], 24)[0, 0]
+    got = kernels(model, model.written()[None], 24)[0][0, 0]
     torch.testing.assert_close(got[:, ::5], torch.tensor(AUTHORS).double(), rtol=1e-6, atol=1e-7)
 
 
@@ -117,23 +116,15 @@ def test_segments_are_sequences_and_two_sides_are_two_recurrences():
         assert (y[b : b + 1, start:end] - ahead - behind).abs().max() < 1e-10
 
 
-def test_frequencies_in_pieces_are_the_same(monkeypatch):
-    model, _, _ = make()
-    parts = [getattr(model, f.name).clone().requires_grad_() for f in fields(DPLR)]
-    whole = torch.autograd.grad(kernels(DPLR(*parts), parts[3][None], 50).square().sum(), parts)
-    monkeypatch.setattr(dplr, "_ROOM", 2 * parts[1].numel() * 7)
-    pieces = torch.autograd.grad(kernels(DPLR(*parts), parts[3][None], 50).square().sum(), parts)
-    for a, b in zip(pieces, whole, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_single_precision_is_enough_for_a_thousand_steps():
+def test_single_precision_is_enough_for_thousands_of_steps():
+    """The slowest steps turn and fade for the longest time, and in them a change of the state is the smallest."""
+    torch.manual_seed(0)
     w, p, b = (t.expand(3, -1) for t in legs_normal(64))
     c = torch.randn(1, 3, 32, dtype=torch.complex128)
     exact = DPLR(torch.tensor([0.001, 0.01, 0.1]).double(), w, p, b, c)
     single = DPLR(exact.dt_E.float(), *(t.to(torch.complex64) for t in (w, p, b, c)))
-    wanted = kernels(exact, b[None], 1000)
-    assert (kernels(single, single.b_EN[None], 1000) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    wanted, got = (kernels(model, model.written()[None], 8192)[0][0, 0] for model in (exact, single))
+    assert ((got - wanted).abs().amax(1) / wanted.abs().amax(1)).max() < 1e-5
 
 
 def test_wrong_arguments_are_named():

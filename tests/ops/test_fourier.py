@@ -30,6 +30,12 @@ def test_it_is_the_double_sum(masked, packed):
         torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(("length", "width"), [(1, 1), (1, 2), (2, 1), (2, 2), (8, 3), (9, 4), (16, 5)])
+def test_half_of_the_transform_is_enough(length, width):
+    x_BLD = torch.randn(2, length, width, dtype=torch.double)
+    torch.testing.assert_close(fourier_mixing(x_BLD), torch.fft.fft2(x_BLD).real, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("length", [1, 2, 97, 1024])
 def test_a_chirp_is_a_transform_of_any_length(length):
     torch.manual_seed(0)
@@ -46,6 +52,7 @@ def test_gradients():
     mask_BL = torch.tensor([[True, True, False, True, True, True, False]])
     segments_BL = torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
     assert torch.autograd.gradcheck(lambda x: fourier_mixing(x), (x_BLD,))
+    assert torch.autograd.gradgradcheck(lambda x: fourier_mixing(x).square(), (x_BLD,))
     assert torch.autograd.gradcheck(lambda x: fourier_mixing(x, mask_BL=mask_BL, segments_BL=segments_BL), (x_BLD,))
 
 

@@ -4,9 +4,10 @@
     out = glu(gelu(y + D x) W + b)
 
 Each channel has a model of its own, discretised by the bilinear rule with a learned step dt. A sequence is one long
-convolution, whose kernel comes from Cauchy kernels and Woodbury's identity; a step is the recurrence, O(N). The state
-is one complex vector (N / 2) per channel. Two-sided, a second C reads the states run backwards (arXiv 2202.09729). As
-in that paper P stands on both sides, which keeps A stable; C, not C (I - Abar^L), is the parameter: lengths may vary.
+convolution, whose kernel comes from repeated squarings (`zoo.ops.dplr` says why not from the paper's Cauchy kernels,
+whose sum is the same); a step is the recurrence, O(N) by Woodbury's identity. The state is one complex vector (N / 2)
+per channel. Two-sided, a second C reads the states run backwards (arXiv 2202.09729). As in that paper P stands on both
+sides, which keeps A stable; C, not C (I - Abar^L), is the parameter: lengths may vary.
 
 Conversion as for `s4d`: the first mode, taken out of the low-rank part, becomes the fading average over positions.
 """

@@ -2,33 +2,33 @@
 
     h' = A h + B x, y = C h          A = diag(w) - P P*          N states in conjugate pairs, of which one is stored
 
-By the bilinear rule h_t = R (I + dt/2 A) h_{t-1} + R dt B x_t with R = (I - dt/2 A)^-1. As A is diagonal plus rank one,
-R costs O(N) by Woodbury's identity: that is the recurrence. The convolution kernel k_l = C (R (I + dt/2 A))^l R dt B
-is found from its generating function at the roots of unity (section 3.2 and appendix C.3 of the paper),
+By the bilinear rule h_t = (I + X) h_{t-1} + R dt B x_t with R = (I - dt/2 A)^-1 and X = dt R A = 2 (R - I). As A is
+diagonal plus rank one, Woodbury's identity gives R v in O(N): that is the recurrence, and X as a real matrix.
 
-    sum_{l < L} k_l z^l = C~ ((1 - z) I - dt/2 (1 + z) A)^-1 dt B,      C~ = C (I - Abar^L),
+The convolution kernel k_l = C (I + X)^l R dt B comes from few products. With l = i C + j, C about sqrt(L), it is row i
+of C (I + X)^(i C) times column j of (I + X)^j R dt B, and both are made by doubling, from log2 L squarings of I + X.
+The paper (section 3.2) takes C (I - (I + X)^L) through N Cauchy kernels at the L roots of unity. It needs the same
+squarings, and then N L complex divisions that these products do without; the kernel is the same.
 
-by Woodbury, whose four inner products are Cauchy kernels sum_n a_n b_n / ((1 - z) - dt/2 (1 + z) w_n). Written so, and
-not divided by 1 + z, nothing is singular at z = -1. C itself is the parameter, so any length can be asked for.
+The squarings hold X_n = (I + X)^n - I, for which X_2n = 2 X_n + X_n^2: of a slow mode (X small) no decimal is lost
+beside the one, so float32 does for long sequences.
 P P* with the same P on both sides keeps A stable (Goel et al. 2022, arXiv 2202.09729, section 4.1).
 
-Shapes: B batch, L positions, E channels, N pairs stored of a channel, J inputs, Q outputs, F frequencies.
+Shapes: B batch, L positions, E channels, N pairs stored of a channel, M = 2N, J inputs, Q outputs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import ConfigError
 from zoo.ops.backends import no_autocast
 from zoo.ops.long_conv import long_conv
 
 OP = "dplr_ssm"
-_ROOM = 1 << 22  # numbers of a Cauchy matrix at a time
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,23 @@ class DPLR:
         """One step of the state without input, O(N)."""
         return self.solve(self.half_forward(v))
 
-    def transition(self) -> Tensor:
-        """`advance` as a real matrix (E, 2N, 2N) on [Re h, Im h]; it is linear over the reals only."""
-        N = self.w_EN.shape[1]
-        unit = torch.eye(2 * N, dtype=self.dt_E.dtype, device=self.dt_E.device)
-        images = self.advance(_to_complex(unit)[:, None].expand(-1, *self.w_EN.shape))
-        return _to_real(images).permute(1, 2, 0)
+    def written(self) -> Tensor:
+        """What an input of one leaves in the state (E, N)."""
+        return self.solve(self.dt_E[:, None] * self.b_EN)
+
+    def change(self) -> Tensor:
+        """X: what a step adds to the state, as a real matrix (E, M, M) on [Re h, Im h]; it is linear over the reals.
+
+        R - I = (D - I) - D p (dt/2) (p* D) / (1 + dt/2 p* D p) with D = (I - dt/2 w)^-1 and p* as in `_inner`.
+        """
+        half_E1 = self.dt_E[:, None] / 2
+        d_EN = 1 / (1 - half_E1 * self.w_EN)
+        left_EN, right_EN = d_EN * self.p_EN, d_EN * self.p_EN.conj()
+        left_EN = left_EN * (half_E1 / (1 + half_E1 * _inner(self.p_EN, left_EN)))
+        grown_EN = half_E1 * self.w_EN * d_EN  # D - I
+        re, im = torch.diag_embed(grown_EN.real), torch.diag_embed(grown_EN.imag)
+        diagonal_EMM = torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
+        return 2 * diagonal_EMM - 4 * _to_real(left_EN)[:, :, None] * _to_real(right_EN.conj())[:, None]
 
 
 def _inner(p: Tensor, v: Tensor) -> Tensor:
@@ -116,15 +127,18 @@ def dplr_ssm(
         if L == 1 and initial is not None:
             y, state = _step(x, model, initial, mask_BL)
         else:
-            inputs_JEN = model.b_EN[None]
-            if initial is not None:  # a state is what an input of the step before would have left (see `kernels`)
-                inputs_JEN = torch.cat([inputs_JEN, model.half_forward(initial) / model.dt_E[:, None]])
-            response = kernels(model, inputs_JEN, L)
+            starts_JEN, powers = (
+                model.written()[None],
+                doublings(model, (L if initial is not None else L - 1).bit_length()),
+            )
+            if initial is not None:
+                starts_JEN = torch.cat([starts_JEN, model.advance(initial)])
+            response, columns = kernels(model, starts_JEN, L, powers)
             back_EL = response[1, 0] if len(response) > 1 else None
             y = long_conv(x, response[0, 0], back_EL, mask_BL=mask_BL, segments_BL=segments_BL)
             if initial is not None:
                 y = y + _at_positions(response[0, 1:].mT, mask_BL)
-            state = _final(x, model, initial, mask_BL) if final else None
+            state = _final(x, columns[..., 0], powers, initial, mask_BL) if final else None
     return y.to(x_BLE.dtype), state if final else None
 
 
@@ -145,96 +159,61 @@ def _at_positions(y_BLE: Tensor, mask_BL: Tensor | None) -> Tensor:
     return y_BLE.gather(1, place_BL1.expand_as(y_BLE)).masked_fill(~mask_BL[..., None], 0)
 
 
-def kernels(model: DPLR, inputs_JEN: Tensor, length: int) -> Tensor:
-    """C Abar^l (I - dt/2 A)^-1 dt v for l < length and each input v: (Q, J, E, length), real.
+def doublings(model: DPLR, count: int) -> list[Tensor]:
+    """X_n, what n steps add to the state, (E, M, M), for the first `count` of n = 1, 2, 4, .. (at least one)."""
+    powers = [model.change()]
+    while len(powers) < count:
+        powers.append(torch.baddbmm(powers[-1], powers[-1], powers[-1], beta=2))
+    return powers
 
-    With v = B that is the convolution kernel; with v = (I + dt/2 A) h / dt what the outputs owe to an earlier state h.
+
+def kernels(model: DPLR, starts_JEN: Tensor, length: int, powers: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """C (I + X)^l v for l < length and each start v: (Q, J, E, length), real.
+
+    From v = R dt B that is the convolution kernel, from v = (I + X) h what the outputs owe to an earlier state h.
+    Also returns (I + X)^j v for the first j: (E, M, C, J), C a power of two. `powers` are `doublings`, if known.
     """
-    power_EMM, c = _power(model.transition(), length), model.c_QEN
-    c_QEM = torch.cat([c.real, -c.imag], -1)
-    c_QEM = c_QEM - (c_QEM[..., None, :] @ power_EMM)[..., 0, :]
-    N = c.shape[-1]
-    truncated = replace(model, c_QEN=torch.complex(c_QEM[..., :N], -c_QEM[..., N:]))
-    F = length // 2 + 1
-    angle_F = torch.arange(F, device=c.device, dtype=torch.float64) * (-2 * torch.pi / length)
-    z_F = torch.polar(torch.ones_like(angle_F), angle_F).to(c.dtype)
-    pieces = z_F.split(max(1, _ROOM // model.w_EN.numel()))
-    spectra = [
-        _spectrum(truncated, inputs_JEN, z)
-        if len(pieces) == 1
-        else checkpoint(_spectrum, truncated, inputs_JEN, z, use_reentrant=False)
-        for z in pieces
-    ]
-    return torch.fft.irfft(torch.cat(spectra, -1), n=length)
+    J, Q, bits = len(starts_JEN), len(model.c_QEN), (length - 1).bit_length()
+    powers, half = doublings(model, bits) if powers is None else powers, bits // 2
+    columns_EMX = _to_real(starts_JEN).permute(1, 2, 0)
+    for x_EMM in powers[:half]:
+        columns_EMX = torch.cat([columns_EMX, torch.baddbmm(columns_EMX, x_EMM, columns_EMX)], -1)
+    rows_EYM = 2 * torch.cat([model.c_QEN.real, -model.c_QEN.imag], -1).transpose(0, 1)
+    for x_EMM in powers[half:bits]:
+        rows_EYM = torch.cat([rows_EYM, torch.baddbmm(rows_EYM, rows_EYM, x_EMM)], 1)
+    y_EnQCJ = (rows_EYM @ columns_EMX).unflatten(-1, (-1, J)).unflatten(1, (-1, Q))
+    y_QJEL = y_EnQCJ.permute(2, 4, 0, 1, 3).flatten(3)[..., :length]
+    return y_QJEL, columns_EMX.unflatten(-1, (-1, J))
 
 
-def _spectrum(model: DPLR, inputs_JEN: Tensor, z_F: Tensor) -> Tensor:
-    """C ((1 - z) I - dt/2 (1 + z) A)^-1 dt v at the points z: (Q, J, E, F).
+def _final(
+    x_BLE: Tensor, krylov_EMC: Tensor, powers: list[Tensor], initial: Tensor | None, mask_BL: Tensor | None
+) -> Tensor:
+    """(I + X)^n h + sum_s (I + X)^(n-1-s) R dt B x_s over the n real positions of each row.
 
-    With s = 1 - z and t = dt/2 (1 + z) both halves of a pair have one denominator, so that sums over pairs are real
-    matrix products:  a / (s - w t) + a* / (s - w* t) = (2 Re(a) s - 2 Re(a w*) t) / (s^2 - 2 Re(w) s t + |w|^2 t^2).
+    krylov_EMC: (I + X)^j R dt B for j < C, a power of two.
     """
-    s_F, t_EF = 1 - z_F, model.dt_E[:, None] / 2 * (1 + z_F)
-    w_EN, E = model.w_EN, len(model.w_EN)
-    terms_E2F = torch.stack([s_F * t_EF, t_EF.square()], 1)
-    factors_EN2 = torch.stack([-2 * w_EN.real, w_EN.real.square() + w_EN.imag.square()], -1)
-    below_ENF = 1 / (s_F.square() + _real_product(factors_EN2, terms_E2F))
-    rows = torch.cat([model.c_QEN, model.p_EN.conj()[None]])  # what reads: C and P*
-    columns = torch.cat([inputs_JEN, model.p_EN[None]])  # what is read: v and P
-    a_ERN = (rows[:, None] * columns).flatten(0, 1).transpose(0, 1)  # R: every row with every column
-    above_EQN = torch.cat([2 * a_ERN.real, -2 * (a_ERN * w_EN.conj()[:, None]).real], 1)
-    times_s, times_t = _real_product(above_EQN, below_ENF).unflatten(1, (2, len(rows), len(columns))).unbind(1)
-    r = (s_F * times_s + t_EF.view(E, 1, 1, -1) * times_t).permute(1, 2, 0, 3)
-    correction = r[:-1, -1:] * (t_EF / (1 + t_EF * r[-1, -1])) * r[-1:, :-1]
-    return (r[:-1, :-1] - correction) * model.dt_E[:, None]
-
-
-def _real_product(a_ERN: Tensor, b_ENF: Tensor) -> Tensor:
-    """a @ b for a real and b complex."""
-    return torch.view_as_complex((a_ERN @ torch.view_as_real(b_ENF).flatten(-2)).unflatten(-1, (-1, 2)))
-
-
-def _power(a_EMM: Tensor, exponent: int) -> Tensor:
-    """a^exponent by squaring."""
-    result: Tensor | None = None
-    while exponent:
-        if exponent & 1:
-            result = a_EMM if result is None else result @ a_EMM
-        exponent >>= 1
-        a_EMM = a_EMM @ a_EMM if exponent else a_EMM
-    assert result is not None
-    return result
-
-
-def _final(x_BLE: Tensor, model: DPLR, initial: Tensor | None, mask_BL: Tensor | None) -> Tensor:
-    """Abar^n h + sum_s Abar^(n-1-s) Bbar x_s over the n real positions of each row."""
-    B, L, E = x_BLE.shape
+    (B, L, E), C = x_BLE.shape, krylov_EMC.shape[-1]
     if mask_BL is None:
         age_BL1 = torch.arange(L - 1, -1, -1, device=x_BLE.device).expand(B, L)[..., None]
         length_B = torch.full((B,), L, device=x_BLE.device)
     else:
         length_B = mask_BL.sum(1)
         age_BL1 = (length_B[:, None] - mask_BL.cumsum(1))[..., None]
-    C = min(64, 1 << (L - 1).bit_length())  # a power of two
     blocks = -(-L // C)
     by_age_BEnC = x_BLE.new_zeros(B, blocks * C, E).scatter_add(1, age_BL1.expand_as(x_BLE), x_BLE).mT
-    by_age_BEnC = by_age_BEnC.unflatten(-1, (blocks, C))
-    power_EMM = model.transition()
-    krylov_EMC = _to_real(model.solve(model.dt_E[:, None] * model.b_EN))[..., None]  # Abar^j Bbar for j < C
-    carried = None if initial is None else _to_real(initial)
-    bit = 1
-    while bit <= L or krylov_EMC.shape[-1] < C:
-        if krylov_EMC.shape[-1] == bit < C:
-            krylov_EMC = torch.cat([krylov_EMC, power_EMM @ krylov_EMC], -1)
-        if carried is not None:  # the bits of the row's length say which powers the earlier state goes through
-            moved = (power_EMM @ carried[..., None])[..., 0]
-            carried = torch.where((length_B & bit).bool()[:, None, None], moved, carried)
-        if bit == C:
-            block_EMM = power_EMM
-        bit *= 2
-        power_EMM = power_EMM @ power_EMM
-    block_BEnM = by_age_BEnC @ krylov_EMC.mT
+    block_BEnM = by_age_BEnC.unflatten(-1, (blocks, C)) @ krylov_EMC.mT
     state = block_BEnM[:, :, -1]
     for i in range(blocks - 2, -1, -1):
-        state = (block_EMM @ state[..., None])[..., 0] + block_BEnM[:, :, i]
-    return _to_complex(state if carried is None else state + carried)
+        state = _add_change(powers[C.bit_length() - 1], state) + block_BEnM[:, :, i]
+    if initial is not None:
+        carried = _to_real(initial)
+        for k, x_EMM in enumerate(powers):  # the bits of a row's length say which powers its state goes through
+            moves_B11 = (length_B >> k & 1).bool()[:, None, None]
+            carried = torch.where(moves_B11, _add_change(x_EMM, carried), carried)
+        state = state + carried
+    return _to_complex(state)
+
+
+def _add_change(x_EMM: Tensor, state_BEM: Tensor) -> Tensor:
+    return state_BEM + (x_EMM @ state_BEM[..., None])[..., 0]

@@ -7,6 +7,9 @@ different lengths are transformed together: with n t = (n^2 + t^2 - (n - t)^2) /
 convolution with a chirp exp(i pi n^2 / L) between two products with it (Bluestein 1970), and those of all rows have one
 size. Phases are reduced as integers, so the chirps are exact at every length.
 
+Where all rows are whole, half of the transform is enough: x is real, so what channel D - j holds at frequency L - k is
+the conjugate of what channel j holds at k. The mixing is a symmetric map, so its gradient is the gradient's mixing.
+
 Shapes: B batch, L positions, D channels, R sequences of at most T tokens.
 """
 
@@ -44,9 +47,23 @@ def fourier_mixing(x_BLD: Tensor, *, mask_BL: Tensor | None = None, segments_BL:
         x = x_BLD.to(torch.promote_types(x_BLD.dtype, torch.float32))
         sequences = find_sequences((B, L), mask_BL, segments_BL)
         if sequences is None:
-            return torch.fft.fft2(x).real.to(x_BLD.dtype)
+            return _Whole.apply(x).to(x_BLD.dtype)
         channels_RTD = torch.fft.fft(sequences.split(x))
         return sequences.join(ragged_fourier(channels_RTD, sequences.length_R)).to(x_BLD.dtype)
+
+
+class _Whole(torch.autograd.Function):
+    """Rows without padding; see the module docstring."""
+
+    @staticmethod
+    def forward(ctx, x_BLD: Tensor) -> Tensor:
+        D = x_BLD.shape[-1]
+        near = torch.fft.rfft2(x_BLD).real
+        return torch.cat([near, near[..., 1 : (D + 1) // 2].flip(1, 2).roll(1, 1)], -1)
+
+    @staticmethod
+    def backward(ctx, dy_BLD: Tensor) -> Tensor:
+        return _Whole.apply(dy_BLD)
 
 
 def ragged_fourier(x_RTD: Tensor, length_R: Tensor) -> Tensor:
