@@ -53,11 +53,45 @@ class DepthOptions(Options):
         return self
 
 
+class MemoryOptions(Options):
+    """Options of a transformer that several layers share and read (`zoo.models.memory`).
+
+    attention, ffn: of its mixers, `attention` and `gated_mlp`. rank: of the maps that each use adds to those of the
+    MLP, and with `adapt_attention` to those of queries, keys and values; None: no use has any. same_as: the index of
+    the earlier layer whose memory this layer reads.
+    """
+
+    attention: Any
+    ffn: Any
+    rank: int | None = Field(None, ge=1, le=1 << 16)
+    adapt_attention: bool = False
+    same_as: int | None = Field(None, ge=0, lt=MAX_LAYERS)
+
+    @model_validator(mode="after")
+    def _resolve(self) -> Self:
+        from zoo.registry import parse_ffn, parse_mixer
+
+        for key, parse, name in (("attention", parse_mixer, "attention"), ("ffn", parse_ffn, "gated_mlp")):
+            value = getattr(self, key)
+            parsed: Any = parse({"name": name, **value} if isinstance(value, dict) else value, key)
+            if parsed.name != name:
+                raise ConfigError(f"{key}.name: a memory block has {name!r} here, got {parsed.name!r}")
+            object.__setattr__(self, key, parsed)
+        if not self.attention.causal or self.attention.conv or self.attention.gate or self.attention.head_norm:
+            raise ValueError("attention: of a memory block is causal, without conv, gate and head_norm")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """The options as JSON types."""
+        mixers = {"attention": self.attention.plain(), "ffn": self.ffn.plain()}
+        return {**self.model_dump(mode="json", exclude=set(mixers)), **mixers}
+
+
 class LayerSpec(BaseModel):
     """One block: a sequence mixer and, unless None, a channel mixer.
 
     With `same_as`, the index of an earlier layer, the block of that layer runs again, with the same weights. With
-    `depth` only some tokens take the block.
+    `depth` only some tokens take the block. With `memory` its mixer also reads a transformer that layers share.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -66,6 +100,7 @@ class LayerSpec(BaseModel):
     ffn: Any = None
     same_as: int | None = None
     depth: DepthOptions | None = None
+    memory: MemoryOptions | None = None
 
     @model_validator(mode="after")
     def _resolve(self) -> Self:
@@ -84,6 +119,8 @@ class LayerSpec(BaseModel):
         plain = {"mixer": self.mixer.plain(), "ffn": None if self.ffn is None else self.ffn.plain()}
         if self.depth is not None:
             plain["depth"] = self.depth.plain()
+        if self.memory is not None:
+            plain["memory"] = self.memory.plain()
         return plain if self.same_as is None else {**plain, "same_as": self.same_as}
 
 
@@ -95,12 +132,24 @@ def _layer(value: Any, i: int, before: list[LayerSpec]) -> LayerSpec:
     if isinstance(same, bool) or not isinstance(same, int) or not 0 <= same < i:
         raise ValueError(f"layers.{i}.same_as: must be the index of an earlier layer, got {same!r}")
     first = before[same]
-    keys = ("mixer", "ffn", "depth")
+    keys = ("mixer", "ffn", "depth", "memory")
     layer = LayerSpec(**{**{k: getattr(first, k) for k in keys}, **value}) if isinstance(value, dict) else value
     for key in keys:
         if getattr(layer, key) != getattr(first, key):
             raise ValueError(f"layers.{i}.{key}: differs from that of layer {same}, whose weights it uses (same_as)")
     return layer.model_copy(update={"same_as": same if first.same_as is None else first.same_as})
+
+
+def _check_memory(layers: list[LayerSpec], i: int) -> None:
+    """Raise ValueError where layer i reads the memory of a layer that has none, or another one than it says."""
+    memory = layers[i].memory
+    if memory is None or memory.same_as is None or layers[i].same_as is not None:
+        return
+    first = layers[memory.same_as].memory if memory.same_as < i else None
+    if first is None or first.same_as is not None:
+        raise ValueError(f"layers.{i}.memory.same_as: layer {memory.same_as} has no memory block of its own")
+    if (memory.attention, memory.ffn) != (first.attention, first.ffn):
+        raise ValueError(f"layers.{i}.memory: differs from that of layer {memory.same_as}, which it reads (same_as)")
 
 
 class ExitOptions(Options):
@@ -292,6 +341,7 @@ class ModelSpec(Options):
         for i, layer in enumerate(self.layers):
             try:
                 layers.append(_layer(layer, i, layers))
+                _check_memory(layers, i)
             except ValidationError as error:
                 raise ValueError(explain(error, LayerSpec, f"layers.{i}")) from None
             except TypeError:

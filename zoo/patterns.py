@@ -20,6 +20,7 @@ class Pattern(Options):
     defaults: dict[str, Any] = Field(default_factory=dict)
     ffn: dict[str, Any] | None = None
     depth: dict[str, Any] | None = None  # options of blocks that only some tokens take, and `every`: how many layers
+    memory: dict[str, Any] | None = None  # options of a memory block, `layers` that read it, `blocks`: how many in turn
     ffn_pattern: str | None = None  # with several channel mixers: "gated_mlp moe*27", and `ffns` in place of `ffn`
     ffns: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
@@ -40,6 +41,8 @@ def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
     depth = {"every": 2, **(pattern.depth or {})}
     if not isinstance(every := depth.pop("every"), int) or not 1 <= every <= MAX_LAYERS:
         raise ConfigError(f"layers.depth.every: must be a number of layers, got {every!r}")
+    memory = dict(pattern.memory or {})
+    readers = _memories(memory, count)
     layers: list[dict[str, Any]] = []
     first: dict[str, int] = {}
     for i in range(count):
@@ -52,6 +55,8 @@ def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
         )
         if pattern.depth is not None and i % every == every - 1:
             layers[i]["depth"] = dict(depth)
+        if i in readers:
+            layers[i]["memory"] = {**memory, **readers[i]}
         if label is not None and first.setdefault(label, i) != i:
             layers[i]["same_as"] = first[label]
     return layers
@@ -73,3 +78,13 @@ def _words(pattern: str, key: str, options: dict[str, Any], options_key: str) ->
     if unused := set(options) - names:
         raise ConfigError(f"layers.{options_key}.{min(unused)}: not in the pattern{did_you_mean(min(unused), names)}")
     return words
+
+
+def _memories(memory: dict[str, Any], count: int) -> dict[int, dict[str, Any]]:
+    """Which of `count` layers read a memory block, and whose; takes `layers` and `blocks` out of the options."""
+    readers, blocks = memory.pop("layers", []), memory.pop("blocks", 1)
+    if not isinstance(readers, list) or any(not isinstance(i, int) or i < 0 for i in readers):
+        raise ConfigError(f"layers.memory.layers: must be indices of layers, got {readers!r}")
+    if not isinstance(blocks, int) or blocks < 1:
+        raise ConfigError(f"layers.memory.blocks: must be a number of memory blocks, got {blocks!r}")
+    return {i: {} if j < blocks else {"same_as": readers[j % blocks]} for j, i in enumerate(readers) if i < count}

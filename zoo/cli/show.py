@@ -119,12 +119,18 @@ def _layers(model: Any, config: ZooConfig) -> list[dict[str, Any]]:
                 "mixer": spec.mixer.name,
                 "options": _options(spec.mixer)
                 + ("" if spec.same_as is None else f" same_as={spec.same_as}")
+                + ("" if spec.memory is None else f" memory of {_owner(spec, first)}")
                 + ("" if spec.depth is None else f" capacity={spec.depth.capacity:g}"),
                 "ffn": "none" if spec.ffn is None else f"{spec.ffn.name} {spec.ffn.hidden_size}",
                 "parameters": 0 if spec.same_as is not None else sum(p.numel() for p in run[0][1][1].parameters()),
             }
         )
     return groups
+
+
+def _owner(spec: Any, layer: int) -> int:
+    """The layer that holds the memory block which `layer` reads."""
+    return layer if spec.memory.same_as is None else spec.memory.same_as
 
 
 def _options(mixer: Any) -> str:

@@ -42,7 +42,8 @@ from zoo.registry import register_mixer
 class Mamba2Config(GroupedOptions):
     """Options of `mamba2`; the defaults are the published block. `norm_groups` None: as `num_groups`, or one.
 
-    dt_min, dt_max: range from which `reset_parameters` draws the steps of the heads.
+    dt_min, dt_max: range from which `reset_parameters` draws the steps of the heads. dt_floor: no step is smaller
+    (Zamba2).
     """
 
     name: Literal["mamba2"] = "mamba2"
@@ -56,6 +57,7 @@ class Mamba2Config(GroupedOptions):
     norm_eps: float = Field(1e-5, gt=0, le=1)
     dt_min: float = Field(0.001, gt=0, le=10)
     dt_max: float = Field(0.1, gt=0, le=10)
+    dt_floor: float = Field(0.0, ge=0, le=10)
 
     @model_validator(mode="after")
     def _norm_divides(self) -> Mamba2Config:
@@ -95,6 +97,8 @@ class Mamba2(RecurrentMixer):
     def mix(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         q_BHLK, k_BGLK = spread_groups(self.config, q_BHLK, k_BGLK)
         dt_BGL = softplus32(self.dt_proj(inputs.x_BLD), self.dt_bias).transpose(1, 2)
+        if self.config.dt_floor:
+            dt_BGL = dt_BGL.clamp(min=self.config.dt_floor)
         log_decay_BGL = -self.A_log.exp()[:, None] * dt_BGL
         written_BGLV = v_BGLV * dt_BGL[..., None].to(v_BGLV.dtype)
         y_BHLV, tensors = self.recur(q_BHLK, k_BGLK, written_BGLV, inputs, log_decay_BGL, self.config.softmax_scale)

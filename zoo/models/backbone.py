@@ -72,6 +72,18 @@ class Block(GradientCheckpointingLayer):
         shared: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, State | None]:
         """One block. The state that comes back is None where none was given; `shared` is for mixers that ask for it."""
+        return self.run(x_BLD, mask_BL, segments_BL, state, shared)
+
+    def run(
+        self,
+        x_BLD: Tensor,
+        mask_BL: Tensor | None,
+        segments_BL: Tensor | None,
+        state: State | None,
+        shared: dict[str, Tensor] | None = None,
+        added_BLD: Tensor | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """As `forward`; `added_BLD` is what the mixer of a `pre_norm` block reads beside its input."""
         context = {"mask_BL": mask_BL, "segments_BL": segments_BL}
         extra = {"shared": shared} if self.mixer.shares else {}
         mine, theirs = state, None
@@ -102,13 +114,17 @@ class Block(GradientCheckpointingLayer):
             a_BLD = a_BLD + y_BLD
             z_BLD, state = feed(self.ffn_norm(a_BLD), state)  # type: ignore[misc]
             return torch.cat([a_BLD, b_BLD + z_BLD], -1), state
-        y_BLD, state = mix(self.mixer_norm(x_BLD))
+        y_BLD, state = mix(self.mixer_norm(x_BLD if added_BLD is None else x_BLD + added_BLD))
         if self.ffn is None or self.ffn_norm is None:
             return x_BLD + y_BLD, state
         if self.order == "pre_norm":
             x_BLD = x_BLD + y_BLD
         z_BLD, state = feed(self.ffn_norm(x_BLD), state)
         return (x_BLD + z_BLD if self.order == "pre_norm" else x_BLD + y_BLD + z_BLD), state
+
+    def parts(self) -> list[tuple[Any, int]]:
+        """What computes products, each with the width of its input."""
+        return [(part, self.mixer.width) for part in (self.mixer, self.ffn) if part is not None]
 
     def sees(self, shared: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """What of `shared` a mixer in this block gets, when it is called by itself."""
@@ -124,6 +140,10 @@ class Block(GradientCheckpointingLayer):
 
 def make_block(spec: ModelSpec, layer: LayerSpec) -> Block:
     """The block of a layer."""
+    if layer.memory is not None:
+        from zoo.models.memory import MemoryBlock
+
+        return MemoryBlock(spec, layer)
     if layer.depth is None:
         return Block(spec, layer)
     from zoo.models.depth import RoutedBlock
@@ -217,7 +237,11 @@ class ZooPreTrainedModel(PreTrainedModel):
 
 def _layers(spec: ModelSpec) -> nn.ModuleList:
     if spec.image is None or spec.image.stages is None:
-        return make_layers(spec, make_block)
+        blocks = make_layers(spec, make_block)
+        for layer, block in zip(spec.layers, blocks, strict=True):
+            if layer.memory is not None and layer.memory.same_as is not None:
+                block.held_by = (blocks[layer.memory.same_as].memory,)  # type: ignore[assignment,index]
+        return blocks
     if spec.block == "reversible" or any(x.same_as is not None or x.depth is not None for x in spec.layers):
         raise ConfigError("image.stages: a hierarchical model has no reversible blocks, no same_as and no depth")
     return nn.ModuleList(StageBlock(spec, layer, i) for i, layer in enumerate(spec.layers))
@@ -260,6 +284,7 @@ class ZooModel(ZooPreTrainedModel):
                 if isinstance(part, SequenceMixer | ChannelMixer):
                     part.place = (i, len(self.layers))
         join_mixers(self.layers)
+        self.reads_embedding = any(layer.memory is not None for layer in spec.layers)
         self.norm = make_norm(spec, spec.stack_size) if spec.final_norm else None
         narrows = spec.embedding_output == "project"
         self.project_out = Linear(spec.hidden_size, spec.word_size, bias=False) if narrows else None
@@ -309,6 +334,8 @@ class ZooModel(ZooPreTrainedModel):
         cache = self._cache(past_key_values, use_cache, segment_ids)
         mask_BL = self._mask(attention_mask, x_BLD.shape[1])
         x_BLD = self._embed(x_BLD, mask_BL, token_type_ids, segment_ids, cache)
+        if self.reads_embedding:
+            shared["embedding"] = x_BLD
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden, layers = [], self.layers
         recompute = self.training and torch.is_grad_enabled() and cache is None and not keep and run_block is None

@@ -93,7 +93,7 @@ def state_bytes(model: Any, length: int) -> int | None:
         if kind not in by_kind:
             fed = block.ffn.init_state(1).nbytes if isinstance(block.ffn, ChannelMixer) else 0
             by_kind[kind] = _full_state_bytes(block.mixer, taken) + fed
-        total += by_kind[kind]
+        total += by_kind[kind] + (mixer_state_bytes(block.read.attention, taken) if hasattr(block, "read") else 0)
     return total
 
 
@@ -139,11 +139,11 @@ def flops_per_token(model: Any, length: int) -> float | None:
     known: dict[str, float] = {}
     for block in model.model.layers:
         taken = _tokens(block, length)
-        for part in (block.mixer, block.ffn):
-            kind = repr((part.config, taken, block.mixer.width)) if part is not None else ""
-            if part is not None and kind not in known:
+        for part, width in block.parts():
+            kind = repr((getattr(part, "config", part), taken, width))
+            if kind not in known:
                 try:
-                    known[kind] = _products(part, taken, block.mixer.width) * (taken / length)
+                    known[kind] = _products(part, taken, width) * (taken / length)
                 except (NotImplementedError, RuntimeError, ConfigError):  # asked for a number, or too long for it
                     return None
             total += known.get(kind, 0.0)
