@@ -257,7 +257,7 @@ class ModelSpec(Options):
     mlm_transform: bool = False  # BERT's dense + activation + norm before the vocabulary
     mlm_activation: str = "gelu"
     pooling: Literal["mean", "cls", "last"] = "mean"
-    pooler: Literal["tanh", "relu"] | None = None  # the activation of a dense layer on the pooled state
+    pooler: Literal["tanh", "relu", "gelu", "gelu_new"] | None = None  # activation of a dense layer on the pooled state
     normalize_embeddings: bool = True
     classifier_dropout: float = Field(0.0, ge=0, lt=1)
     initializer_range: float = Field(0.02, gt=0, le=10)

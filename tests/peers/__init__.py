@@ -71,9 +71,10 @@ def random_weights(model: Any, std: float = 0.05) -> Any:
 def transformers_peer(
     family: str, config_class: str, model_class: str, *, layout: str = "transformers", prepare: Any = None,
     label: str = "", greedy: bool = True, inputs: Any = None, output: str = "logits", std: float = 0.05,
-    options: dict[str, Any] | None = None, **sizes: Any,
+    options: dict[str, Any] | None = None, forward: Any = None, **sizes: Any,
 ) -> Peer:  # fmt: skip
-    """A class of transformers by its names. prepare(model): called before saving."""
+    """A class of transformers by its names. prepare(model): called before saving. forward(model, inputs): its logits,
+    where the class needs more than the inputs of ours."""
 
     def save(folder: Path) -> Any:
         import transformers
@@ -95,7 +96,7 @@ def transformers_peer(
         return model(**given)[output]
 
     made = inputs or tokens(sizes.get("vocab_size", 97))
-    return peer(Peer(layout, family, save, logits, made, load, label, greedy=greedy))
+    return peer(Peer(layout, family, save, forward or logits, made, load, label, greedy=greedy))
 
 
 for _module in pkgutil.iter_modules(__path__):

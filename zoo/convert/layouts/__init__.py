@@ -2,6 +2,7 @@
 
 family.py     the contract: a config read and written, and one list of entries for both directions
 mapping.py    an entry: their tensors, ours, and how one becomes the other
+names.py      names that tensors had in older files, and which class a file is of
 files.py      tensors in safetensors and in torch's files, read one at a time, nothing in them trusted
 loading.py    from entries to a model: on the meta device first, then tensor by tensor
 api.py        `import_checkpoint`, `export_model`, and the guess which layout a checkpoint has

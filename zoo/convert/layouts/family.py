@@ -14,6 +14,14 @@ from zoo.errors import ConfigError, ExportError
 
 # What does not change the function of a trained model: only how fresh weights are drawn, and where it came from.
 INERT = {"initializer_range", "embedding_initializer_range", "origin"}
+# Options that say something for some tasks only.
+_OF_TASK = {
+    "causal-lm": {"tie_word_embeddings", "lm_head_bias", "exits"},
+    "masked-lm": {"tie_word_embeddings", "lm_head_bias", "mlm_transform", "mlm_activation"},
+    "sequence-classification": {"pooling", "pooler", "classifier_dropout"},
+    "sentence-embedding": {"pooling", "normalize_embeddings"},
+    "image-classification": {"pooling", "classifier_dropout"},
+}
 
 
 class Family(ABC):
@@ -23,6 +31,9 @@ class Family(ABC):
     mixers: names of the sequence mixers that its models may have; what else is in a model, `config` must refuse.
     inert: options of mixers and channel mixers that change only how fresh weights are drawn.
     writes: whether models can be written in this layout.
+    older: names that older files have, as (pattern, replacement) of `re.sub`; tried where a name has no place.
+    root: what stands before the names of a whole model and not before those of a bare backbone, such as "bert.".
+    spare: modules that published files have beside those of the task, such as the head of a second pretraining task.
     """
 
     layout: ClassVar[str]
@@ -31,6 +42,9 @@ class Family(ABC):
     mixers: ClassVar[tuple[str, ...]]
     inert: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[bool] = True
+    older: tuple[tuple[str, str], ...] = ()
+    root: str = ""
+    spare: tuple[str, ...] = ()
 
     @classmethod
     def opens(cls, path: Path) -> Checkpoint | None:
@@ -67,7 +81,14 @@ class Family(ABC):
 
     def is_dropped(self, name: str) -> bool:
         """Whether a tensor of theirs has no counterpart on purpose, such as a pooler that the task does not use."""
-        return False
+        return any(n.startswith(f"{module}.") for module in self.spare for n in (name, self.root + name))
+
+    def fillers(self, config: ZooConfig) -> dict[str, tuple[int, ...]]:
+        """Tensors that their class has and our model of this task has not: written as zeros, so that none is missing.
+
+        Only what the task does not compute with may be one, such as the pooler of a masked LM.
+        """
+        return {}
 
     def save(self, folder: Path, config: dict[str, Any], tensors: Iterator[tuple[str, Any]]) -> None:
         """Write the files of the layout; by default `config.json` and safetensors in shards."""
@@ -123,9 +144,10 @@ def difference(config: ZooConfig, again: ZooConfig, inert: tuple[str, ...] = ())
 
 
 def resolved(config: ZooConfig) -> dict[str, Any]:
-    """A config as JSON types, with sizes that follow from the width written out."""
+    """A config as JSON types, with sizes that follow from the width written out, without what its task has not."""
     spec = config.spec
-    plain = spec.plain()
+    silent = set().union(*_OF_TASK.values()) - _OF_TASK[spec.task]
+    plain = {key: value for key, value in spec.plain().items() if key not in silent}
     for layer, options in zip(plain["layers"], spec.layers, strict=True):
         layer["mixer"] = options.mixer.resolved(spec.hidden_size).plain()
         if options.ffn is not None:

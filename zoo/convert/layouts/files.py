@@ -182,6 +182,7 @@ class Checkpoint:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     _files: dict[str, Path] = field(default_factory=dict)
+    _stored: dict[str, str] = field(default_factory=dict)  # what the file calls a tensor that was renamed
     _open: tuple[Path, TensorFile] | None = None
 
     def get(self, name: str) -> Tensor:
@@ -192,7 +193,19 @@ class Checkpoint:
         if self._open is None or self._open[0] != path:  # one shard at a time
             self.close()
             self._open = path, tensor_file(path)
-        return self._open[1].get(name)
+        return self._open[1].get(self._stored.get(name, name))
+
+    def renamed(self, names: dict[str, str]) -> Checkpoint:
+        """The same files with some tensors under other names. Raises CheckpointError where two would have one name."""
+        found = Checkpoint(self.path, self.config, metadata=self.metadata)
+        for old in self.shapes:
+            new, stored = names.get(old, old), self._stored.get(old, old)
+            if new in found.shapes:
+                raise CheckpointError(f"{self.path}: {stored} and {found._stored.get(new, new)} are both {new}")
+            found.shapes[new], found._files[new] = self.shapes[old], self._files[old]
+            if new != stored:
+                found._stored[new] = stored
+        return found
 
     def close(self) -> None:
         """Close the shard that was read last."""

@@ -16,6 +16,7 @@ from zoo.config import ZooConfig
 from zoo.convert.layouts.family import Family
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mapping import Entry
+from zoo.convert.layouts.names import in_todays_names
 from zoo.errors import CheckpointError
 from zoo.models.backbone import ZooPreTrainedModel
 from zoo.models.heads import TASK_CLASSES
@@ -50,6 +51,7 @@ def load_entries(
     """
     model = meta_model(config)
     needed = needed_tensors(model)
+    checkpoint = in_todays_names(family, config, checkpoint)
     entries = [e for e in family.entries(config) if _wanted(e, needed, checkpoint)]
     _check(family, config, entries, needed, checkpoint)
     stored = _stored_dtype(entries, checkpoint) if dtype is None else dtype
@@ -172,9 +174,11 @@ def _dispatched(model: ZooPreTrainedModel, device_map: Any, devices: dict[str, A
 
 @torch.no_grad()
 def their_tensors(family: Family, model: ZooPreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """A model's weights under their names, one entry at a time. Tensors are on the CPU."""
+    """A model's weights under their names, one entry at a time, then the fillers. Tensors are on the CPU."""
     needed = needed_tensors(model)
     for entry in family.entries(model.config):
         if all(name in needed for name in entry.ours):
             pieces = entry.write([needed[name].cpu() for name in entry.ours])
             yield from zip(entry.theirs, pieces, strict=True)
+    for name, shape in family.fillers(model.config).items():
+        yield name, torch.zeros(shape, dtype=model.dtype)
