@@ -26,7 +26,7 @@ from zoo.ffn.base import ChannelMixer
 from zoo.linear import Linear, NoNorm
 from zoo.mixers.base import SequenceMixer, State
 from zoo.models.axial import axial_positions
-from zoo.models.images import PatchEmbedding, PatchMerging, stage_of
+from zoo.models.images import PatchEmbedding
 from zoo.models.reversible import can_recompute, check_reversible, reversible_stack
 from zoo.models.shared import add_earlier_runs, join_mixers, make_layers
 from zoo.models.state import StateLayer, as_state_cache, state_cache
@@ -151,36 +151,6 @@ def make_block(spec: ModelSpec, layer: LayerSpec) -> Block:
     return RoutedBlock(spec, layer)
 
 
-class StageBlock(Block):
-    """A block of a hierarchical model of images: as wide as its stage, which it may end by merging patches."""
-
-    def __init__(self, spec: ModelSpec, layer: LayerSpec, index: int) -> None:
-        assert spec.image is not None
-        stage, last = stage_of(spec.image, index)
-        width = spec.hidden_size << stage
-        super().__init__(spec, layer, width)
-        self.grid = f"grid_RC.{stage}" if stage else "grid_RC"
-        self.merge = PatchMerging(width, make_norm(spec, 4 * width)) if last else None
-
-    def sees(self, shared: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        if shared is None or self.grid not in shared:
-            raise ValueError("a hierarchical model needs the grid of its images: give pixel_values")
-        return {**shared, "grid_RC": shared[self.grid]}
-
-    def forward(
-        self,
-        x_BLD: Tensor,
-        mask_BL: Tensor | None,
-        segments_BL: Tensor | None,
-        state: State | None,
-        shared: dict[str, Tensor] | None = None,
-    ) -> tuple[Tensor, State | None]:
-        """One block, and the merging of patches behind it."""
-        seen = self.sees(shared)
-        x_BLD, state = super().forward(x_BLD, mask_BL, segments_BL, state, seen)
-        return (x_BLD if self.merge is None else self.merge(x_BLD, seen["grid_RC"])), state
-
-
 class ZooPreTrainedModel(PreTrainedModel):
     """Base of the backbone and of every head."""
 
@@ -237,13 +207,11 @@ class ZooPreTrainedModel(PreTrainedModel):
 
 def _layers(spec: ModelSpec) -> nn.ModuleList:
     if spec.image is None or spec.image.stages is None:
-        blocks = make_layers(spec, make_block)
-        for layer, block in zip(spec.layers, blocks, strict=True):
-            if layer.memory is not None and layer.memory.same_as is not None:
-                block.held_by = (blocks[layer.memory.same_as].memory,)  # type: ignore[assignment,index]
-        return blocks
+        return make_layers(spec, make_block)
     if spec.block == "reversible" or any(x.same_as is not None or x.depth is not None for x in spec.layers):
         raise ConfigError("image.stages: a hierarchical model has no reversible blocks, no same_as and no depth")
+    from zoo.models.stages import StageBlock
+
     return nn.ModuleList(StageBlock(spec, layer, i) for i, layer in enumerate(spec.layers))
 
 

@@ -54,6 +54,9 @@ def make_layers(spec: ModelSpec, make: Callable[[ModelSpec, LayerSpec], Any]) ->
     """The blocks of a model; a plain list where no layer has `same_as`."""
     first = [i if layer.same_as is None else layer.same_as for i, layer in enumerate(spec.layers)]
     blocks = [make(spec, layer) if first[i] == i else None for i, layer in enumerate(spec.layers)]
+    for i, layer in enumerate(spec.layers):
+        if first[i] == i and layer.memory is not None and layer.memory.same_as is not None:
+            blocks[i].held_by = (blocks[first[layer.memory.same_as]].memory,)  # type: ignore[union-attr]
     if len(set(first)) == len(first):
         return nn.ModuleList(blocks)  # type: ignore[arg-type]
     for i in shared_indices(first):

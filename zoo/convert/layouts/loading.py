@@ -129,7 +129,9 @@ def _devices(model: ZooPreTrainedModel, device_map: Any) -> dict[str, Any]:
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         from accelerate import infer_auto_device_map
 
-        return infer_auto_device_map(model, no_split_module_classes=["Block", "RoutedBlock", "StageBlock"])
+        return infer_auto_device_map(
+            model, no_split_module_classes=["Block", "RoutedBlock", "MemoryBlock", "StageBlock"]
+        )
     return {"": device_map}
 
 
