@@ -21,6 +21,8 @@ __all__ = [
     "list_ffns",
     "list_mixers",
     "list_models",
+    "pull",
+    "push",
     "register_ffn",
     "register_mixer",
     "register_model",
@@ -37,6 +39,8 @@ _HOME = {
     "list_ffns": "zoo.registry",
     "list_mixers": "zoo.registry",
     "list_models": "zoo.registry",
+    "pull": "zoo.hub.pull",
+    "push": "zoo.hub.push",
     "register_ffn": "zoo.registry",
     "register_mixer": "zoo.registry",
     "register_model": "zoo.registry",
@@ -47,6 +51,8 @@ if TYPE_CHECKING:
     from zoo.config import ZooConfig
     from zoo.convert.api import convert
     from zoo.errors import ZooError
+    from zoo.hub.pull import pull
+    from zoo.hub.push import push
     from zoo.models.create import create_model
     from zoo.ops.backends import backends
     from zoo.registry import list_ffns, list_mixers, list_models, register_ffn, register_mixer, register_model

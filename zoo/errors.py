@@ -45,6 +45,10 @@ class TrainingError(ZooError, RuntimeError):
     """Training that stopped: a NaN, a diverging loss, a full disk."""
 
 
+class HubError(ZooError, RuntimeError):
+    """The Hub refused a request, lacks what was asked for, or cannot be reached."""
+
+
 def did_you_mean(name: str, choices: Iterable[str], limit: int = 3) -> str:
     """A hint such as ``; did you mean 'retention'?`` or, with nothing near, the list of what exists."""
     choices = list(choices)

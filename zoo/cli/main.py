@@ -15,11 +15,14 @@ from zoo.cli.export import export
 from zoo.cli.generate import generate
 from zoo.cli.import_ import import_
 from zoo.cli.list import list_
+from zoo.cli.pull import pull
+from zoo.cli.push import push
 from zoo.cli.score import score
 from zoo.cli.show import show
 from zoo.cli.train import train
 
 GO_ON = "run the same command again to go on from the last checkpoint"
+AGAIN = "run the same command again: what has arrived is not sent twice"
 
 app = typer.Typer(
     name="zoo",
@@ -121,6 +124,21 @@ app.command(
     ),
 )(guarded(import_))
 app.command("export", epilog=examples("zoo export student --layout transformers --out for-everyone"))(guarded(export))
+app.command(
+    "push",
+    epilog=examples(
+        "zoo push runs/quick org/name --dry-run",
+        "zoo push runs/quick org/name --public --tag v1 --card model_cards/quick",
+    ),
+)(guarded(push, AGAIN))
+app.command(
+    "pull",
+    epilog=examples(
+        "zoo pull org/name --out student",
+        "zoo pull org/name@v1 --out student --json",
+        "zoo pull BlinkDL/rwkv-4-pile-169m --file RWKV-4-Pile-169M-20220807-8023.pth --out rwkv",
+    ),
+)(guarded(pull, AGAIN))
 app.command("demo", epilog=examples("zoo demo --out demo", "zoo demo --mixer mamba2+window --minutes 10 --json"))(
     guarded(demo, GO_ON)
 )

@@ -46,6 +46,8 @@ def show(
     ]
     if info["origin"]:
         facts.insert(0, ("made from", info["origin"]))
+    if info["hub"]:
+        facts.insert(0, ("from the Hub", info["hub"]))
     for at, size in info["state_bytes"].items():
         flops = info["flops_per_token"][at]
         facts.append((f"FLOPs a token at {int(at):,}", "not counted" if flops is None else f"{flops:,.0f}"))
@@ -68,6 +70,7 @@ def describe(name: str, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
         "about": entry.about if entry else "",
         "paper": entry.paper if entry else "",
         "origin": str((config.origin or {}).get("source", "")),
+        "hub": "@".join((config.origin or {}).get("hub", {}).values()),
         "task": config.task,
         "parameters": total,
         "active_parameters": active_parameters(model),

@@ -26,8 +26,8 @@ def weights_hash(folder: str | Path) -> str:
     """
     digest = hashlib.sha256()
     files = weight_files(folder)
-    for name, file in sorted(_tensors(files).items()):
-        with _open(file) as opened:
+    for name, file in sorted(tensor_files(files).items()):
+        with open_weights(file) as opened:
             tensor = opened.get_tensor(name)
             what = [name, opened.get_slice(name).get_dtype(), list(tensor.shape)]
         digest.update(json.dumps(what).encode() + b"\n")
@@ -57,11 +57,11 @@ def weight_files(folder: str | Path) -> list[Path]:
     return [folder / name for name in named]
 
 
-def _tensors(files: list[Path]) -> dict[str, Path]:
-    """Which file each tensor is in."""
+def tensor_files(files: list[Path]) -> dict[str, Path]:
+    """Which file each tensor is in. Raises CheckpointError where a file is damaged, or a tensor is in two."""
     found: dict[str, Path] = {}
     for file in files:
-        with _open(file) as opened:
+        with open_weights(file) as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dictionary)
                 if name in found:
                     raise CheckpointError(f"{file}: tensor {name!r} is also in {found[name].name}")
@@ -69,7 +69,8 @@ def _tensors(files: list[Path]) -> dict[str, Path]:
     return found
 
 
-def _open(file: Path) -> Any:
+def open_weights(file: Path) -> Any:
+    """A safetensors file, opened for reading. Raises CheckpointError where it is truncated or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -192,12 +192,25 @@ class ZooPreTrainedModel(PreTrainedModel):
             small = self.config.embedding_initializer_range
             init.normal_(module.weight, std=std if small is None else small)
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
+        """Publish this model as `zoo.push` does, with its options; the address of the commit."""
+        from zoo.hub.push import push
+
+        if "commit_message" in options:  # as transformers names it
+            options["message"] = options.pop("commit_message")
+        pushed = push(self, repo_id, **options)
+        return pushed.url if pushed.commit is None else f"{pushed.url}/commit/{pushed.commit}"
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers does; the weights get the permissions that the config has, not those of a private file."""
+        to_hub = kwargs.pop("push_to_hub", False)
+        options = {key: kwargs.pop(key) for key in ("repo_id", "private", "commit_message") if key in kwargs and to_hub}
         super().save_pretrained(save_directory, *args, **kwargs)
         config = Path(save_directory) / "config.json"
         for file in Path(save_directory).glob("*.safetensors") if config.is_file() else ():
             file.chmod(config.stat().st_mode)
+        if to_hub:
+            self.push_to_hub(options.pop("repo_id", Path(save_directory).name), **options)
 
     def with_auxiliary(self, loss: Tensor) -> Tensor:
         """`loss` of a head plus what channel mixers add in training."""

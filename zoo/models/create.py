@@ -8,9 +8,12 @@ from typing import Any
 
 from zoo.config import ZooConfig
 from zoo.errors import CheckpointError, ConfigError, did_you_mean
-from zoo.models.backbone import ZooPreTrainedModel
+from zoo.models.backbone import ZooModel, ZooPreTrainedModel
 from zoo.models.heads import TASK_CLASSES
 from zoo.registry import model_config, model_entry
+
+# What an `auto_map` may say: the classes of this package, which a push with its code writes into one file.
+CODE_CLASSES = {f"modeling_zoo.{cls.__name__}" for cls in (ZooConfig, ZooModel, *TASK_CLASSES.values())}
 
 
 def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> ZooPreTrainedModel:
@@ -20,15 +23,17 @@ def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> Zo
         name: ``"retnet-tiny"``, ``"name.tag"`` with `pretrained`, ``"path/to/folder"`` or ``"hf-hub:org/name"``.
         pretrained: load the published weights of a registered name.
         overrides: top-level fields of the config, such as ``vocab_size=4096``; for stored weights, arguments of
-            `from_pretrained` such as ``dtype``.
+            `from_pretrained` such as ``dtype``, and from the Hub also ``token``, ``endpoint``, ``cache_dir`` and
+            ``local_files_only``.
 
     Raises:
         UnknownNameError: a misspelt name, with the nearest ones. ConfigError: a wrong override.
-        CheckpointError: a folder that holds no complete model.
+        CheckpointError: a folder that holds no complete model. HubError: what the Hub lacks or refuses.
     """
     if name.startswith("hf-hub:"):
-        repo, _, revision = name.removeprefix("hf-hub:").partition("@")
-        return _load(repo, revision=revision or "main", **overrides)
+        from zoo.hub.pull import load
+
+        return load(name, **overrides)
     if Path(name).is_dir() or "/" in name:
         return load_folder(name, **overrides)
     entry = model_entry(name)
@@ -67,7 +72,19 @@ def read_config(folder: str | Path) -> ZooConfig:
         raise CheckpointError(
             f"{path}: model_type is {kind!r}, not 'zoo'; `zoo convert {folder}` makes a zoo model of it"
         )
+    _refuse_code(values, path)
     return ZooConfig.from_pretrained(folder)
+
+
+def _refuse_code(values: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError where a config names code other than what `zoo.push(..., with_code=True)` puts there."""
+    named = values.get("auto_map") or {}
+    foreign = [v for v in named.values() if v not in CODE_CLASSES] if isinstance(named, dict) else [named]
+    if foreign:
+        raise CheckpointError(
+            f"{path}: asks for code of its own (auto_map: {foreign[0]!r:.80}), which is never run here; if you trust "
+            "its author, load it with transformers and trust_remote_code=True"
+        )
 
 
 def _refuse_outside_files(folder: Path) -> None:

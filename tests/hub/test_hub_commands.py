@@ -1,0 +1,75 @@
+"""`zoo push` and `zoo pull`, in a process that finds the Hub as users' processes do, by HF_ENDPOINT and HF_TOKEN."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# One process runs several commands: each start imports torch.
+RUN = """
+import json, sys
+from typer.testing import CliRunner
+from zoo.cli.main import app
+out = []
+for args in json.loads(sys.argv[1]):
+    ran = CliRunner().invoke(app, args)
+    if ran.exception is not None and not isinstance(ran.exception, SystemExit):
+        raise ran.exception
+    out.append([ran.exit_code, ran.stdout, ran.stderr])
+print(json.dumps(out), file=sys.__stdout__)
+"""
+
+
+def zoo_commands(hub, tmp_path, *commands: list[str], **env: str):
+    """Exit code, stdout and stderr of each command."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(commands)],
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "COLUMNS": "200", **settings, **env},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_the_cycle_by_commands(hub, saved, tmp_path):
+    push = ["push", str(saved), "alice/retnet"]
+    dry, pushed, pulled, again, shown, missing = zoo_commands(
+        hub,
+        tmp_path,
+        [*push, "--dry-run"],
+        [*push, "--public", "--tag", "v7", "--json"],
+        ["pull", "alice/retnet@v7", "--out", "out", "--json"],
+        ["pull", "alice/retnet", "--out", "out"],
+        ["show", "out", "--json"],
+        ["pull", "alice/retnt", "--out", "x"],
+        HF_TOKEN="hf_alice",
+    )
+    assert dry[0] == 0
+    assert "model.safetensors" in dry[1]
+    assert "stays here: .env, checkpoints/, log.jsonl" in dry[2]
+    assert f"would go to {hub.url}/alice/retnet (private): 7 files" in dry[2]
+    published = json.loads(pushed[1])
+    assert (published["tag"], published["private"]) == ("v7", False)
+    assert published["commit"] == json.loads(pulled[1])["revision"] == hub.repos["alice/retnet"].tags["v7"]
+    assert again[0] == 2
+    assert again[2].startswith("error: out: exists and is not empty")
+    assert json.loads(shown[1])["hub"] == f"alice/retnet@{published['commit']}"
+    assert missing[0] == 2
+    assert missing[1] == ""
+    assert missing[2].startswith(f"error: alice/retnt: no such repository at {hub.url}")
+    assert missing[2].count("\n") == 1
+    # The same folder from the cache, with the Hub switched off, and a push that says so.
+    pulled, pushed = zoo_commands(
+        hub, tmp_path, ["pull", "alice/retnet@v7", "--out", "offline"], push, HF_HUB_OFFLINE="1"
+    )
+    assert pulled[0] == 0
+    assert pushed[0] == 2
+    assert "switched off by HF_HUB_OFFLINE=1" in pushed[2]

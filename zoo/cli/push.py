@@ -1,0 +1,57 @@
+"""`zoo push`: a saved model to the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zoo.cli.common import JsonOption, only_json_on_stdout, print_json, print_table, quiet_libraries, say
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a saved model.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="The repository, org/name; made where there is none.")],
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see it. Without this it is private.")] = False,
+    card: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="README.md, or a folder with it; default: those in DIR.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(metavar="TAG", help="Name of this version; default: v1, v2, ...")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", metavar="TEXT", help="Of the commit.")] = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Weights in larger files are split.")] = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent, and send nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish a model on the Hub: weights, config, tokenizer and card in one commit, with a tag for the version."""
+    with only_json_on_stdout(as_json):
+        from zoo.hub.push import push as run
+
+        quiet_libraries()
+        pushed = run(
+            folder,
+            repo,
+            private=not public,
+            card=card,
+            tag=tag,
+            message=message,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+        )
+    if as_json:
+        from dataclasses import asdict
+
+        print_json({**asdict(pushed), "size": pushed.size})
+        return
+    from zoo.models.costs import short_bytes
+
+    print_table(("file", "bytes"), [(name, f"{size:,}") for name, size in pushed.files.items()], right=("bytes",))
+    for what, names in (("stays here", pushed.stays), ("removed there", pushed.removed)):
+        if names:
+            say(f"{what}: {', '.join(names)}")
+    seen = "private" if pushed.private else "public"
+    total = f"{len(pushed.files)} files, {short_bytes(pushed.size)}"
+    if dry_run:
+        say(f"would go to {pushed.url} ({seen}): {total}; nothing was sent")
+    else:
+        say(f"{pushed.url}@{pushed.tag} ({seen}, commit {pushed.commit}): {total}")

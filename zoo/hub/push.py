@@ -1,0 +1,191 @@
+"""To the Hub: the files of a saved model in one commit, and a tag for the version."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import CheckpointError, HubError
+from zoo.hub.client import GO_ON, check_repo, check_revision, client, explained
+from zoo.hub.contents import CODE, MEASURED, WEIGHTS, collect, matches
+from zoo.hub.measured import check_card, check_old_card
+from zoo.hub.shards import reshard, size_in_bytes
+from zoo.hub.weights import weights_hash
+
+VERSION = re.compile(r"v(\d+)")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push sent, or, with `commit` None after a dry run, would send.
+
+    files: path in the repository -> bytes. stays: what else is in the folder and does not belong on the Hub. removed:
+    weights and scores of the version before that are no longer there.
+    """
+
+    repo: str
+    url: str
+    private: bool
+    files: dict[str, int]
+    stays: list[str]
+    removed: list[str]
+    commit: str | None = None
+    tag: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self.files.values())
+
+
+def push(
+    model: Any,
+    repo: str,
+    *,
+    private: bool = True,
+    card: str | Path | None = None,
+    tag: str | None = None,
+    message: str | None = None,
+    max_shard_size: int | str = "5GB",
+    dry_run: bool = False,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+) -> Pushed:
+    """Publish a model: weights as safetensors, config, tokenizer, card and what was measured, in one commit.
+
+    Sent are the files that belong to a model (`zoo.hub.contents`), never pickles, checkpoints of training or whatever
+    else lies in the folder. Files that the server has are not sent again, so an interrupted push goes on where it
+    stopped; until its last request nothing is visible. Weights and scores of an earlier version that have no successor
+    are removed in the same commit.
+
+    Args:
+        model: the folder of a saved model, or a model; with `model.tokenizer` where it has one.
+        repo: ``org/name``; it is made where there is none.
+        private: whether it may be public; False must be said, also where the repository is public already.
+        card: README.md, or a folder with it and what was measured; by default those of the model's folder.
+        tag: a name for this version; by default v1, v2, ...
+        message: of the commit.
+        max_shard_size: weights in larger files are split.
+        dry_run: only say what would be sent.
+        token, endpoint: as in huggingface_hub.
+
+    Raises:
+        HubError: no access, no connection, a tag that exists, a change by somebody else in between.
+        CheckpointError: no complete model, a card whose numbers belong to other weights.
+    """
+    check_repo(repo)
+    if "/" not in repo:
+        raise HubError(f"{repo!r}: write the repository as org/name")
+    if tag is not None:
+        check_revision(tag, repo)
+    size_in_bytes(max_shard_size)
+    with tempfile.TemporaryDirectory(prefix="zoo-push-") as scratch:
+        folder = model if isinstance(model, str | Path) else _saved(model, Path(scratch) / "model", max_shard_size)
+        files, stays, digest = _prepared(Path(folder), card, Path(scratch), max_shard_size)
+        api = client(endpoint, token)
+        sizes = {name: file.stat().st_size for name, file in files.items()}
+        plan = Pushed(repo, f"{api.endpoint}/{repo}", private, sizes, stays, [], tag=tag)
+        return plan if dry_run else _send(plan, files, digest, message, api)
+
+
+def _saved(model: Any, folder: Path, max_shard_size: int | str) -> Path:
+    model.save_pretrained(folder, max_shard_size=size_in_bytes(max_shard_size))
+    tokenizer, report = getattr(model, "tokenizer", None), getattr(model, "report", None)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if report is not None:
+        (folder / "conversion.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def _prepared(
+    folder: Path, card: str | Path | None, scratch: Path, max_shard_size: int | str
+) -> tuple[dict[str, Path], list[str], str]:
+    """The files as they are sent, the names of those that stay, and the hash of the weights."""
+    contents = collect(folder, card)
+    files, made = dict(contents.files), scratch / "made"
+    made.mkdir()
+    digest = weights_hash(folder)
+    check_card(files, digest)
+    if shards := reshard(folder, made, max_shard_size):
+        files = {name: file for name, file in files.items() if not matches(name, WEIGHTS)}
+        files |= {file.name: file for file in shards}
+    values = json.loads(files["config.json"].read_text(encoding="utf-8"))
+    wanted = _without_code(values, folder)
+    if wanted != values:
+        files["config.json"] = made / "config.json"
+        files["config.json"].write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return dict(sorted(files.items())), [name for name in contents.stays if name not in files], digest
+
+
+def _without_code(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A config that asks for no code, since none is sent."""
+    if "auto_map" in values and values.get("model_type") != "zoo":
+        raise CheckpointError(f"{folder}/config.json: asks for code of its own (auto_map), which a push does not send")
+    return {key: value for key, value in values.items() if key != "auto_map"}
+
+
+def _send(plan: Pushed, files: Mapping[str, Path], digest: str, message: str | None, api: Any) -> Pushed:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    repo = plan.repo
+    with explained(repo, api=api, doing="writing"):
+        there = _open_repository(plan, api)
+        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags}
+        tag = _free_tag(plan.tag, tags, there.sha, repo)
+        names = [sibling.rfilename for sibling in there.siblings or []]
+        if "README.md" in names and "README.md" not in files:
+            path = api.hf_hub_download(repo, "README.md", revision=there.sha)
+            check_old_card(Path(path).read_text(encoding="utf-8"), digest, repo)
+        removed = [n for n in names if n not in files and matches(n, (*WEIGHTS, *MEASURED, CODE))]
+        operations: list[Any] = [CommitOperationDelete(name) for name in removed]
+        operations += [CommitOperationAdd(name, str(file)) for name, file in files.items()]
+        try:
+            commit = api.create_commit(
+                repo, operations, commit_message=message or f"zoo push: {tag}", parent_commit=there.sha
+            )
+        except ValueError as error:
+            if isinstance(error, OSError):
+                raise
+            said = " ".join(str(error).split())
+            raise HubError(f"{repo}: the Hub does not take the files: {said}") from None
+        if commit.oid == there.sha and plan.tag is None:  # nothing changed: the version has a name already
+            tag = next((name for name, sha in tags.items() if sha == commit.oid and VERSION.fullmatch(name)), tag)
+        if tags.get(tag) != commit.oid:
+            if tag in tags:
+                raise HubError(
+                    f"{repo}: published as {commit.oid}, but tag {tag!r} names another; give a new one (--tag)"
+                )
+            api.create_tag(repo, tag=tag, revision=commit.oid)
+    return Pushed(repo, plan.url, bool(there.private), plan.files, plan.stays, removed, commit.oid, tag)
+
+
+def _open_repository(plan: Pushed, api: Any) -> Any:
+    """What is known of the repository, which is made where there is none."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        there = api.model_info(plan.repo)
+    except RepositoryNotFoundError as error:
+        if isinstance(error, GatedRepoError):
+            raise
+        api.create_repo(plan.repo, private=plan.private, exist_ok=True)
+        there = api.model_info(plan.repo)
+    if plan.private and not there.private:
+        raise HubError(f"{plan.repo}: is public; say that the model may be, with private=False (--public)")
+    return there
+
+
+def _free_tag(wanted: str | None, tags: Mapping[str, str], head: str, repo: str) -> str:
+    """The tag that is wanted, if it does not name another commit; else the next of v1, v2, ..."""
+    if wanted is None:
+        taken = [int(found[1]) for name in tags if (found := VERSION.fullmatch(name))]
+        return f"v{max(taken, default=0) + 1}"
+    if tags.get(wanted, head) != head:
+        raise HubError(f"{repo}: tag {wanted!r} names an earlier version; give a new one (--tag); {GO_ON}")
+    return wanted
