@@ -5,7 +5,8 @@
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t                                   A = -exp(A_log), (E, N)
     out = ((h_t C_t + D x_t) * silu(z)) W_out
 
-The state is one vector (N) per channel and the tail of the convolution. A block has no channel mixer.
+The state is one vector (N) per channel and the tail of the convolution. A block has no channel mixer. Falcon Mamba (Zuo
+et al. 2024, arXiv 2410.05355) has d, B_t and C_t divided by their root mean square (`bcdt_norm_eps`).
 
 Conversion from attention: the value path becomes exactly linear, for silu(v) - silu(-v) = v. Channels come in pairs,
 one with W_v and one with -W_v, which share their decay and end in W_out with opposite signs. One channel more is the
@@ -42,8 +43,9 @@ class MambaConfig(MixerOptions):
     """Options of `mamba`; the defaults are the published block.
 
     inner_dim: channels E; None is twice the model width. state_dim: N. dt_rank: of the steps' projection; None is the
-    model width / 16, rounded up. bias: of the first and the last projection. dt_min, dt_max: range from which
-    `reset_parameters` draws the steps. out_init: factor of W_out at initialisation; as published 1 / sqrt(layers).
+    model width / 16, rounded up. bias: of the first and the last projection. bcdt_norm_eps: of the norms (without
+    weights) of steps, B and C; None: there are none. dt_min, dt_max: range from which `reset_parameters` draws the
+    steps. out_init: factor of W_out at initialisation; as published 1 / sqrt(layers).
     """
 
     name: Literal["mamba"] = "mamba"
@@ -53,6 +55,7 @@ class MambaConfig(MixerOptions):
     conv: int = Field(4, ge=2, le=64)
     conv_bias: bool = True
     bias: bool = False
+    bcdt_norm_eps: float | None = Field(None, gt=0, le=1)
     dt_min: float = Field(0.001, gt=0, le=10)
     dt_max: float = Field(0.1, gt=0, le=10)
     out_init: float = Field(1.0, gt=0, le=100)
@@ -104,6 +107,8 @@ class Mamba(SequenceMixer):
         x_BLE, tail = self.conv(x_BLE, inputs, None if state is None else state["conv"])
         N = self.config.state_dim
         low_BLR, B_BLN, C_BLN = self.x_proj(x_BLE).split([self.rank, N, N], -1)
+        if (eps := self.config.bcdt_norm_eps) is not None:
+            low_BLR, B_BLN, C_BLN = (F.rms_norm(x, x.shape[-1:], eps=eps) for x in (low_BLR, B_BLN, C_BLN))
         y_BLE, final = selective_scan(
             x_BLE,
             softplus32(self.dt_proj(low_BLR), self.dt_bias),
@@ -163,6 +168,8 @@ class Mamba(SequenceMixer):
                 f"needs inner_dim >= {2 * values + 1}, bias and conv_bias; got inner_dim {mixer.inner}, bias "
                 f"{config.bias}, conv_bias {config.conv_bias}"
             )
+        if config.bcdt_norm_eps is not None:
+            raise ConversionError("mixer 'mamba' starts from attention with B and C as they are: no bcdt_norm_eps")
         mixer.start_from(attention, stats)
         return mixer
 

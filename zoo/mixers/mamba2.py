@@ -14,7 +14,7 @@ per head, no convolution.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,9 @@ from zoo.registry import register_mixer
 class Mamba2Config(GroupedOptions):
     """Options of `mamba2`; the defaults are the published block. `norm_groups` None: as `num_groups`, or one.
 
-    dt_min, dt_max: range from which `reset_parameters` draws the steps of the heads. dt_floor: no step is smaller
-    (Zamba2).
+    step_bias: whether the steps' projection has a bias beside `dt_bias`, as where all projections of a published model
+    have one. dt_min, dt_max: range from which `reset_parameters` draws the steps of the heads. dt_floor: no step is
+    smaller (Zamba2).
     """
 
     name: Literal["mamba2"] = "mamba2"
@@ -55,6 +56,7 @@ class Mamba2Config(GroupedOptions):
     norm: bool = True
     norm_groups: int | None = Field(None, ge=1, le=1024)
     norm_eps: float = Field(1e-5, gt=0, le=1)
+    step_bias: bool = False
     dt_min: float = Field(0.001, gt=0, le=10)
     dt_max: float = Field(0.1, gt=0, le=10)
     dt_floor: float = Field(0.0, ge=0, le=10)
@@ -72,6 +74,12 @@ class Mamba2Config(GroupedOptions):
         """Parts of the inner width that are normalised apart."""
         return self.norm_groups or self.num_groups or 1
 
+    def resolved(self, width: int) -> Self:
+        """With the number of parts written out, and heads that share nothing as groups of one."""
+        groups = self.num_heads if self.num_groups is None and self.kv_heads == self.num_heads else self.num_groups
+        sizes = {"norm_groups": self.group_count if self.norm else None, "num_groups": groups}
+        return super().resolved(width).model_copy(update=sizes)
+
 
 @register_mixer("mamba2")
 class Mamba2(RecurrentMixer):
@@ -86,7 +94,7 @@ class Mamba2(RecurrentMixer):
     def __init__(self, config: Mamba2Config, width: int, own_projections: bool = True) -> None:
         super().__init__(config, width, own_projections)
         heads = config.kv_heads
-        self.dt_proj = Linear(width, heads, bias=False)
+        self.dt_proj = Linear(width, heads, bias=config.step_bias)
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
@@ -133,6 +141,8 @@ class Mamba2(RecurrentMixer):
 
     def start_from(self, attention: AttentionWeights, stats: AttentionStats | None) -> None:
         self.dt_proj.weight.zero_()
+        if self.dt_proj.bias is not None:
+            self.dt_proj.bias.zero_()
         self.dt_bias.fill_(SOFTPLUS_ONE)  # dt 1: what is written is the value itself
         self.A_log.copy_(math.log(LN2) - lookback(attention, stats, self.config.kv_heads).log())
         self.D.zero_()

@@ -28,6 +28,13 @@ from zoo.ops.positions import token_positions
 from zoo.ops.rotary import RotaryConfig, apply_rotary, rotary_tables
 
 SILU_ONE = 1.278464542761074  # silu(SILU_ONE) == 1: a gate with this bias and no weight is open
+# Options that say nothing where another one is off.
+_BESIDE = {
+    "qk_norm": ("qk_norm_eps",),
+    "conv": ("conv_bias",),
+    "head_norm": ("head_norm_affine", "head_norm_eps"),
+    "gate": ("gate_bias",),
+}
 
 
 class QKVOptions(MixerOptions):
@@ -57,6 +64,21 @@ class QKVOptions(MixerOptions):
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) is not a multiple of num_kv_heads ({self.num_kv_heads})")
         return self
+
+    def resolved(self, width: int) -> Self:
+        """With sizes and scale written out, and at its default what says nothing beside the other options."""
+        told: dict[str, Any] = {
+            "num_kv_heads": self.kv_heads,
+            "value_head_dim": self.value_dim,
+            "scale": self.softmax_scale,
+        }
+        fields = type(self).model_fields
+        for needed, keys in _BESIDE.items():
+            if not getattr(self, needed):
+                told |= {key: fields[key].default for key in keys}
+        if self.rotary is not None and self.rotary.dim == self.head_dim:
+            told["rotary"] = self.rotary.model_copy(update={"dim": None})
+        return self.model_copy(update=told)
 
     @property
     def kv_heads(self) -> int:

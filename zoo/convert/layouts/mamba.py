@@ -1,6 +1,6 @@
-"""Mamba (arXiv:2312.00752) as transformers keeps it, and as state-spaces/mamba published it.
+"""Mamba (arXiv:2312.00752) as transformers keeps it, also Falcon's, and as state-spaces/mamba published it.
 
-Both have the same modules under nearly the same names: `backbone.embeddings` there is `backbone.embedding` in
+All have the same modules under nearly the same names: `backbone.embeddings` there is `backbone.embedding` in
 mamba_ssm, which also keeps the tied head a second time and pads the vocabulary up to a multiple.
 """
 
@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from zoo.config import ZooConfig
 from zoo.convert.layouts.family import Family, register_family
@@ -71,9 +73,10 @@ class TransformersMamba(_Mamba):
     layout = "transformers"
     about = "MambaForCausalLM"
     embedding = "embeddings"
+    model_type = "mamba"
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
-        return checkpoint.config.get("model_type") == "mamba" and "state_size" in checkpoint.config
+        return checkpoint.config.get("model_type") == self.model_type and "state_size" in checkpoint.config
 
     def fields(self, checkpoint: Checkpoint) -> dict[str, Any]:
         c = checkpoint.config
@@ -103,8 +106,8 @@ class TransformersMamba(_Mamba):
     def config(self, config: ZooConfig) -> dict[str, Any]:
         mixer = _one_mixer(config)
         return {
-            "architectures": ["MambaForCausalLM"],
-            "model_type": "mamba",
+            "architectures": [self.about],
+            "model_type": self.model_type,
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
             "intermediate_size": mixer.inner_dim,
@@ -122,6 +125,27 @@ class TransformersMamba(_Mamba):
             "eos_token_id": config.eos_token_id,
             "pad_token_id": config.pad_token_id,
         }
+
+
+@register_family
+class FalconMamba(TransformersMamba):
+    """`FalconMambaForCausalLM` of transformers: steps, B and C are divided by their root mean square."""
+
+    name = "falcon_mamba"
+    about = "FalconMambaForCausalLM"
+    model_type = "falcon_mamba"
+
+    def fields(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        found = super().fields(checkpoint)
+        for layer in found["layers"]:
+            layer["mixer"]["bcdt_norm_eps"] = checkpoint.config.get("mixer_rms_eps", 1e-6)
+        return found
+
+    def config(self, config: ZooConfig) -> dict[str, Any]:
+        eps = _one_mixer(config).bcdt_norm_eps
+        if eps is None:
+            raise ExportError("norms steps, B and C, which this model does not")
+        return {**super().config(config), "mixer_rms_eps": eps}
 
 
 @register_family
@@ -188,10 +212,15 @@ class MambaSSM(_Mamba):
             "tie_embeddings": config.tie_word_embeddings,
         }
 
-    def save(self, folder: Path, config: dict[str, Any], tensors: Iterator[tuple[str, Any]]) -> None:
-        from zoo.convert.layouts.writing import save_torch, write_json
+    def save(self, folder: Path, config: dict[str, Any], tensors: Iterator[tuple[str, Tensor]]) -> None:
+        save_mamba_ssm(folder, config, tensors, self.embedding)
 
-        found = dict(tensors)
-        found.setdefault("lm_head.weight", found[f"backbone.{self.embedding}.weight"])
-        write_json(folder / "config.json", config)
-        save_torch(folder / "pytorch_model.bin", iter(found.items()))
+
+def save_mamba_ssm(folder: Path, config: dict[str, Any], tensors: Iterator[tuple[str, Tensor]], embedding: str) -> None:
+    """The files of the package mamba_ssm: a tied head is in them a second time."""
+    from zoo.convert.layouts.writing import save_torch, write_json
+
+    found = dict(tensors)
+    found.setdefault("lm_head.weight", found[f"backbone.{embedding}.weight"])
+    write_json(folder / "config.json", config)
+    save_torch(folder / "pytorch_model.bin", iter(found.items()))
