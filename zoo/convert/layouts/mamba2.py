@@ -23,10 +23,6 @@ from zoo.errors import CheckpointError, ExportError
 from zoo.mixers.mamba2 import Mamba2Config
 
 INERT = ("dt_min", "dt_max")
-    None,
-    [0.0, math.inf],
-    [0.0, {"__float__": "Infinity"}],
-)  # the last: as transformers writes it
 _PARTS = ("g", "v", "k", "q", "dt")  # gate, x, B, C and steps, in the order of their projection
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -114,9 +110,9 @@ def step_floor(checkpoint: Checkpoint, limit: Any) -> float:
     return float(low)
 
 
-def step_limit(options: Mamba2Config) -> list[Any]:
-    """The range of the steps, as transformers writes it."""
-    return [options.dt_floor, {"__float__": "Infinity"}]
+def step_limit(options: Mamba2Config) -> dict[str, Any]:
+    """The range of the steps in a config of transformers, where they have a least one."""
+    return {"time_step_limit": [options.dt_floor, {"__float__": "Infinity"}]} if options.dt_floor else {}
 
 
 def special_tokens(config: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +209,7 @@ class TransformersMamba2(_Mamba2):
             "conv_kernel": mixer.conv,
             "use_conv_bias": mixer.conv_bias,
             "use_bias": mixer.qkv_bias,
-            "time_step_limit": step_limit(mixer),
+            **step_limit(mixer),
             "hidden_act": "silu",
             "layer_norm_epsilon": config.norm_eps,
             "tie_word_embeddings": config.tie_word_embeddings,
@@ -277,7 +273,7 @@ class Mamba2SSM(_Mamba2):
                 "rmsnorm": mixer.norm,
                 "conv_bias": mixer.conv_bias,
                 "bias": mixer.qkv_bias,
-                "dt_limit": [mixer.dt_floor, math.inf],
+                **({"dt_limit": [mixer.dt_floor, math.inf]} if mixer.dt_floor else {}),
             },
             "attn_layer_idx": [],
             "attn_cfg": {},
