@@ -23,7 +23,8 @@ def made(version):
 def formula(ffn, x_LD):
     """One sequence, as in the papers."""
     before_LD = torch.cat([torch.zeros(1, D, dtype=torch.double), x_LD[:-1]])
-    mix = lambda share: x_LD * (1 - share) + before_LD * share  # noqa: E731
+    now_LD, then_LD = (before_LD, x_LD) if ffn.config.version == 4 else (x_LD, before_LD)
+    mix = lambda share: now_LD * (1 - share) + then_LD * share  # noqa: E731
     y_LD = (mix(ffn.shift_k) @ ffn.key.weight.T).clamp(min=0) ** 2 @ ffn.value.weight.T
     return y_LD if ffn.config.version == 7 else torch.sigmoid(mix(ffn.shift_r) @ ffn.receptance.weight.T) * y_LD
 

@@ -3,8 +3,8 @@
     k = W_k (x + (x_before - x) * mu_k)          out = sigmoid(W_r (x + (x_before - x) * mu_r)) * W_v relu(k)^2
 
 RWKV-4 (Peng et al. 2023, arXiv 2305.13048) and RWKV-6 (2024, arXiv 2404.05892) have the gate r, RWKV-7 (2025, arXiv
-2503.14456) has none. mu are the shares of the previous token (the published v4 files hold 1 - mu). The state is the
-last input.
+2503.14456) has none. mu are the shares of the previous token; in version 4 the parameters are those of the present
+one, 1 - mu, as published. The state is the last input.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ class RWKVChannelMix(ChannelMixer):
         shifted_BLD, last_BD = token_shift(
             x_BLD, initial=initial, final=state is not None, mask_BL=mask_BL, segments_BL=segments_BL
         )
+        if self.config.version == 4:  # whose shares are those of the present token
+            x_BLD, shifted_BLD = shifted_BLD, x_BLD
         delta_BLD = shifted_BLD - x_BLD
         hidden_BLE = self.key(torch.addcmul(x_BLD, delta_BLD, self.shift_k.to(x_BLD.dtype))).relu().square()
         out_BLD = self.value(hidden_BLE)
@@ -88,7 +90,8 @@ class RWKVChannelMix(ChannelMixer):
     def reset_parameters(self, std: float) -> None:
         """As in the authors' code, whatever `std`: shifts by depth, W_v and W_r zero, W_k orthogonal."""
         version, up = self.config.version, depth(self.place)[1]
-        share_D = 1 - ramp(self.width) ** (up ** {4: 1, 6: 3, 7: 4}[version])
+        present_D = ramp(self.width) ** (up ** {4: 1, 6: 3, 7: 4}[version])
+        share_D = present_D if version == 4 else 1 - present_D
         init.copy_(self.shift_k, share_D)
         init.orthogonal_(
             self.key.weight, gain=max(1.0, self.key.out_features / self.width) ** 0.5 if version == 4 else 1.0

@@ -1,7 +1,7 @@
 """What the RWKV mixers share: the start of the token shift by depth, bottlenecks, the norm per head, a common base.
 
 A token shift mixes every token with the one before it, x + (x_before - x) * share; `share` is a parameter per channel
-(the published v4 files hold one minus it). RWKV-6 and -7 have heads with a matrix state each, and fit over attention's
+(RWKV-4 keeps one minus it, as published). RWKV-6 and -7 have heads with a matrix state each, and fit over attention's
 projections: receptance is the query. Both start every parameter from a formula in the layer's place in the model.
 """
 

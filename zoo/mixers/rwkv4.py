@@ -5,8 +5,9 @@
     out_t = W_o (sigmoid(r_t) * y_t)
 
 Every channel averages its values with weights e^k that fade at a rate w = exp(log_rate); the present token has a bonus
-u instead. "x shifted by mu" is x_t + (x_{t-1} - x_t) * mu with the share mu of the token before per channel (the
-published files hold 1 - mu). The state is a numerator, a denominator and an exponent per channel, and the last input.
+u instead. "x shifted by mu" is x_{t-1} + (x_t - x_{t-1}) * mu with the share mu of the present token per channel (later
+versions keep that of the token before). The state is a numerator, a denominator and an exponent per channel, and the
+last input.
 
 Conversion: there is no product of queries and keys, so a head starts as an average of its values that fades with the
 measured look-back as half-life, and sees of the scores what does not depend on the query's token: a bias of the queries
@@ -80,9 +81,9 @@ class RWKV4(SequenceMixer):
         where: dict[str, Any] = {"mask_BL": mask_BL, "segments_BL": segments_BL, "final": state is not None}
         initial = (None, None) if state is None else (state["shift"], state["wkv"])
         shifted_BLD, last_BD = token_shift(x_BLD, initial=initial[0], **where)
-        delta_BLD = shifted_BLD - x_BLD
+        delta_BLD = x_BLD - shifted_BLD
         k_BLE, v_BLE, r_BLE = (
-            linear(torch.addcmul(x_BLD, delta_BLD, share_D.to(x_BLD.dtype)))
+            linear(torch.addcmul(shifted_BLD, delta_BLD, share_D.to(x_BLD.dtype)))
             for linear, share_D in (
                 (self.k_proj, self.shift_k), (self.v_proj, self.shift_v), (self.r_proj, self.shift_r)
             )
@@ -103,9 +104,9 @@ class RWKV4(SequenceMixer):
         """As in the authors' code, whatever `std`: rates e^-5 to e^3 over the channels, bonuses around log 0.3, shifts
         by depth; W_v orthogonal, the other projections zero."""
         down, up = depth(self.place)
-        init.copy_(self.shift_k, 1 - ramp(self.width) ** up)
-        init.copy_(self.shift_v, 1 - ramp(self.width) ** up - 0.3 * down)
-        init.copy_(self.shift_r, 1 - ramp(self.width) ** (0.5 * up))
+        init.copy_(self.shift_k, ramp(self.width) ** up)
+        init.copy_(self.shift_v, ramp(self.width) ** up + 0.3 * down)
+        init.copy_(self.shift_r, ramp(self.width) ** (0.5 * up))
         init.copy_(self.log_rate, -5 + 8 * ramp_to_one(self.inner) ** (0.7 + 1.3 * down))
         init.copy_(self.bonus, math.log(0.3) + zigzag(self.inner, 0.5))
         init.orthogonal_(self.v_proj.weight, gain=max(1.0, self.inner / self.width) ** 0.5)
@@ -146,7 +147,7 @@ class RWKV4(SequenceMixer):
             return x.float().unflatten(0, (-1, size)).repeat_interleave(times, 0)
 
         for share_D in (self.shift_k, self.shift_v, self.shift_r):
-            share_D.zero_()
+            share_D.fill_(1.0)
         v_ED = per_query_head(a.v_GVD, a.value_head_dim).flatten(0, 1)
         rate_E = (LN2 / lookback(a, stats, a.num_heads)).repeat_interleave(a.value_head_dim)
         self.v_proj.weight.copy_(v_ED)

@@ -11,7 +11,7 @@ import torch
 from zoo.config import ZooConfig
 from zoo.convert.layouts.family import Family, difference, families, open_any
 from zoo.convert.layouts.files import Checkpoint
-from zoo.convert.layouts.loading import load_entries, their_tensors
+from zoo.convert.layouts.loading import load_entries, their_tensors, written_shapes
 from zoo.errors import CheckpointError, ConfigError, ExportError, ZooError, unknown_name
 from zoo.models.backbone import ZooPreTrainedModel
 
@@ -170,7 +170,8 @@ def expressed(family: Family, config: ZooConfig) -> dict[str, Any]:
     if missing := sorted(set(config.mixer_names) - set(family.mixers)):
         raise ExportError(f"has no {missing[0]}")
     values = family.config(config)
-    again = ZooConfig(**{**family.fields(Checkpoint(Path(family.name), values)), "origin": {}})
+    written = Checkpoint(Path(family.name), values, written_shapes(family, config))
+    again = ZooConfig(**{**family.fields(written), "origin": {}})
     lost = difference(config, again, family.inert)
     if lost is not None:
         raise ExportError(lost)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from zoo.config import ZooConfig
 from zoo.convert.layouts.files import Checkpoint, open_checkpoint
 from zoo.convert.layouts.mapping import Entry
-from zoo.errors import ConfigError, ExportError
+from zoo.errors import CheckpointError, ConfigError, ExportError
 
 # What does not change the function of a trained model: only how fresh weights are drawn, and where it came from.
 INERT = {"initializer_range", "embedding_initializer_range", "origin"}
@@ -30,7 +30,7 @@ class Family(ABC):
     layout: the layout's name. name: the family's. about: one line for the list of layouts.
     mixers: names of the sequence mixers that its models may have; what else is in a model, `config` must refuse.
     inert: options of mixers and channel mixers that change only how fresh weights are drawn.
-    writes: whether models can be written in this layout.
+    writes: whether models can be written in this layout. own_format: what its files are, where only `opens` reads them.
     older: names that older files have, as (pattern, replacement) of `re.sub`; tried where a name has no place.
     root: what stands before the names of a whole model and not before those of a bare backbone, such as "bert.".
     spare: modules that published files have beside those of the task, such as the head of a second pretraining task.
@@ -45,6 +45,7 @@ class Family(ABC):
     older: tuple[tuple[str, str], ...] = ()
     root: str = ""
     spare: tuple[str, ...] = ()
+    own_format: ClassVar[str] = ""
 
     @classmethod
     def opens(cls, path: Path) -> Checkpoint | None:
@@ -131,6 +132,8 @@ def open_any(path: Path, layout: str | None) -> Checkpoint:
         opened = type(family).opens(path)
         if opened is not None:
             return opened
+    if layout is not None and all(family.own_format for family in families(layout)):
+        raise CheckpointError(f"{path}: not {families(layout)[0].own_format}")
     return open_checkpoint(path)
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ INDEX_FILES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)
 
 
 class Slot(NamedTuple):
-    """Where a tensor lies in a safetensors file: bytes from `start` to `end` of the file."""
+    """Where a tensor lies: bytes from `start` to `end` of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -52,13 +52,12 @@ class TensorFile(ABC):
         """Let go of what is held open or in memory; nothing, by default."""
 
 
-class SafetensorsFile(TensorFile):
-    """A safetensors file. Raises CheckpointError unless its header is whole, consistent and fills the file exactly."""
+class SlotFile(TensorFile):
+    """A file that says where each tensor lies; numbers are read from there when they are asked for."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.slots = read_header(path)
-        self.shapes = {name: slot.shape for name, slot in self.slots.items()}
+    def __init__(self, path: Path, slots: dict[str, Slot]) -> None:
+        self.path, self.slots = path, slots
+        self.shapes = {name: slot.shape for name, slot in slots.items()}
 
     def get(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
@@ -72,6 +71,13 @@ class SafetensorsFile(TensorFile):
             if got != slot.end - slot.start:
                 raise CheckpointError(f"{self.path}: {name} ends in the middle; the file is truncated")
         return tensor
+
+
+class SafetensorsFile(SlotFile):
+    """A safetensors file. Raises CheckpointError unless its header is whole, consistent and fills the file exactly."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, read_header(path))
 
 
 def read_header(path: Path) -> dict[str, Slot]:
@@ -154,8 +160,8 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path}: holds more than tensors, and reading it could run a program; it is refused "
-            "(ask its authors for safetensors)"
+            f"{path}: is no file of weights, or holds more than tensors, which could run a program; it is refused "
+            "(safetensors cannot)"
         ) from None
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read as weights: {str(error).splitlines()[0]}") from None
@@ -182,8 +188,15 @@ class Checkpoint:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     _files: dict[str, Path] = field(default_factory=dict)
+    _reader: Callable[[Path], TensorFile] | None = None  # None: by the ending of a file
     _stored: dict[str, str] = field(default_factory=dict)  # what the file calls a tensor that was renamed
     _open: tuple[Path, TensorFile] | None = None
+
+    @classmethod
+    def of_file(cls, path: Path, reader: Callable[[Path], TensorFile], metadata: dict[str, Any]) -> Checkpoint:
+        """A single file in a format of its own."""
+        shapes = reader(path).shapes
+        return cls(path, {}, shapes, metadata, dict.fromkeys(shapes, path), _reader=reader)
 
     def get(self, name: str) -> Tensor:
         """One tensor. Raises CheckpointError where there is none of this name."""
@@ -192,12 +205,12 @@ class Checkpoint:
         path = self._files[name]
         if self._open is None or self._open[0] != path:  # one shard at a time
             self.close()
-            self._open = path, tensor_file(path)
+            self._open = path, (self._reader or tensor_file)(path)
         return self._open[1].get(self._stored.get(name, name))
 
     def renamed(self, names: dict[str, str]) -> Checkpoint:
         """The same files with some tensors under other names. Raises CheckpointError where two would have one name."""
-        found = Checkpoint(self.path, self.config, metadata=self.metadata)
+        found = Checkpoint(self.path, self.config, metadata=self.metadata, _reader=self._reader)
         for old in self.shapes:
             new, stored = names.get(old, old), self._stored.get(old, old)
             if new in found.shapes:

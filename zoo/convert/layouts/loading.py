@@ -174,13 +174,22 @@ def _dispatched(model: ZooPreTrainedModel, device_map: Any, devices: dict[str, A
     return dispatch_model(model, devices)
 
 
+def written_shapes(family: Family, config: ZooConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what `their_tensors` would give."""
+    return {name: tuple(t.shape) for name, t in _their_tensors(family, meta_model(config))}
+
+
 @torch.no_grad()
 def their_tensors(family: Family, model: ZooPreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """A model's weights under their names, one entry at a time, then the fillers. Tensors are on the CPU."""
+    return ((name, tensor.cpu()) for name, tensor in _their_tensors(family, model))
+
+
+def _their_tensors(family: Family, model: ZooPreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     needed = needed_tensors(model)
     for entry in family.entries(model.config):
-        if all(name in needed for name in entry.ours):
-            pieces = entry.write([needed[name].cpu() for name in entry.ours])
+        if not entry.optional and all(name in needed for name in entry.ours):
+            pieces = entry.write([needed[name].detach() for name in entry.ours])
             yield from zip(entry.theirs, pieces, strict=True)
     for name, shape in family.fillers(model.config).items():
-        yield name, torch.zeros(shape, dtype=model.dtype)
+        yield name, torch.zeros(shape, dtype=model.dtype, device=model.device)

@@ -19,7 +19,8 @@ class Entry:
     """Their tensors by name, ours by name, and how to get from one to the other.
 
     read: from theirs to ours, in the orders of the names; write: its inverse, which also runs on the meta device,
-    where it says which shapes theirs must have. optional: theirs may be absent; ours then keep their initial values.
+    where it says which shapes theirs must have. optional: read where they are there, never written; where they
+    are absent ours keep their initial values.
     """
 
     theirs: tuple[str, ...]
@@ -46,9 +47,9 @@ def mapped(
     return Entry((theirs,), (ours,), lambda t: [read(t[0])], lambda t: [write(t[0])], optional)
 
 
-def transposed(theirs: str, ours: str) -> Entry:
+def transposed(theirs: str, ours: str, *, optional: bool = False) -> Entry:
     """A matrix stored as (in, out) there and (out, in) here."""
-    return mapped(theirs, ours, lambda t: t.T.contiguous(), lambda t: t.T.contiguous())
+    return mapped(theirs, ours, lambda t: t.T.contiguous(), lambda t: t.T.contiguous(), optional=optional)
 
 
 def depthwise(theirs: str, ours: str) -> Entry:
@@ -56,9 +57,14 @@ def depthwise(theirs: str, ours: str) -> Entry:
     return mapped(theirs, ours, lambda t: t.squeeze(1), lambda t: t.unsqueeze(1))
 
 
-def flat(theirs: str, ours: str, shape: Sequence[int]) -> Entry:
+def flat(theirs: str, ours: str, shape: Sequence[int], *, optional: bool = False) -> Entry:
     """A vector that has extra axes of size 1 there; `shape` is theirs."""
-    return mapped(theirs, ours, lambda t: t.reshape(-1), lambda t: t.reshape(*shape))
+    return mapped(theirs, ours, lambda t: t.reshape(-1), lambda t: t.reshape(*shape), optional=optional)
+
+
+def shaped(theirs: str, ours: str, their_shape: Sequence[int], our_shape: Sequence[int]) -> Entry:
+    """The same numbers in another shape."""
+    return mapped(theirs, ours, lambda t: t.reshape(*our_shape), lambda t: t.reshape(*their_shape))
 
 
 def split(theirs: str, ours: Sequence[str], sizes: Sequence[int], *, dim: int = 0) -> Entry:

@@ -1,4 +1,4 @@
-"""Reading RWKV-4 from the files of rwkv.cpp (https://github.com/RWKV/rwkv.cpp, docs/FILE_FORMAT.md).
+"""RWKV-4 in the files of rwkv.cpp (https://github.com/RWKV/rwkv.cpp, docs/FILE_FORMAT.md).
 
 A header of six little-endian int32 (magic, version 100 or 101, vocabulary, width, layers, type), then parameters until
 the end of the file: int32 number of dimensions, length of the name, type (0 float32, 1 float16); the dimensions, the
@@ -9,139 +9,126 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from zoo.config import ZooConfig
-from zoo.errors import CheckpointError
-from zoo.models.heads import ZooForCausalLM
+from zoo.convert.layouts.family import register_family
+from zoo.convert.layouts.files import Checkpoint, Slot, SlotFile
+from zoo.convert.layouts.mapping import Entry, mapped, same
+from zoo.convert.layouts.rwkv import RWKV4File
+from zoo.errors import CheckpointError, ExportError
 
 MAGIC, VERSIONS = 0x67676D66, (100, 101)
 _TYPES = {0: torch.float32, 1: torch.float16}
 _MOST = {"vocabulary": 1 << 22, "width": 1 << 17, "layers": 1024}  # as in `ModelSpec`
-_PARTS = {
-    "ln1.weight": "mixer_norm.weight",
-    "ln1.bias": "mixer_norm.bias",
-    "ln2.weight": "ffn_norm.weight",
-    "ln2.bias": "ffn_norm.bias",
-    "att.time_mix_k": "mixer.shift_k",
-    "att.time_mix_v": "mixer.shift_v",
-    "att.time_mix_r": "mixer.shift_r",
-    "att.time_decay": "mixer.log_rate",
-    "att.time_first": "mixer.bonus",
-    "att.key.weight": "mixer.k_proj.weight",
-    "att.value.weight": "mixer.v_proj.weight",
-    "att.receptance.weight": "mixer.r_proj.weight",
-    "att.output.weight": "mixer.o_proj.weight",
-    "ffn.time_mix_k": "ffn.shift_k",
-    "ffn.time_mix_r": "ffn.shift_r",
-    "ffn.key.weight": "ffn.key.weight",
-    "ffn.value.weight": "ffn.value.weight",
-    "ffn.receptance.weight": "ffn.receptance.weight",
-}
-_WHOLE = {
-    "emb.weight": "model.embed_tokens.weight",
-    "blocks.0.ln0.weight": "model.embed_norm.weight",
-    "blocks.0.ln0.bias": "model.embed_norm.bias",
-    "ln_out.weight": "model.norm.weight",
-    "ln_out.bias": "model.norm.bias",
-    "head.weight": "lm_head.weight",
-}
 
 
-class Header(NamedTuple):
-    """What the file says before its parameters."""
+class RWKVCppFile(SlotFile):
+    """The parameters of a file, where they lie. Raises CheckpointError, with the path, for what is not a whole file."""
 
-    vocabulary: int
-    width: int
-    layers: int
-
-
-def read_rwkv_cpp(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
-    """The header and all parameters, float32, by the names in the file.
-
-    Raises CheckpointError, with the path, for anything that is not a whole float32 or float16 file of this format.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    (magic, version, *sizes, _), at = _ints(path, data, 0, 6), 24
-    if magic != MAGIC or version not in VERSIONS:
-        raise CheckpointError(f"{path}: not a file of rwkv.cpp (magic {magic:#x}, version {version})")
-    header = Header(*sizes)
-    for name, most in _MOST.items():
-        if not 1 <= getattr(header, name) <= most:
-            raise CheckpointError(f"{path}: {name} is {getattr(header, name)}, expected 1 to {most}")
-    tensors: dict[str, Tensor] = {}
-    while at < len(data):
-        (dims, length, kind), at = _ints(path, data, at, 3), at + 12
-        if not (1 <= dims <= 3 and 1 <= length <= 256):
-            raise CheckpointError(f"{path}: at byte {at} stands no parameter ({dims} dimensions, a name of {length})")
-        shape, at = _ints(path, data, at, dims)[::-1], at + 4 * dims
-        name, at = data[at : at + length].decode("utf-8", "replace"), at + length
-        if kind not in _TYPES:
-            raise CheckpointError(f"{path}: {name} is quantised (type {kind}); only float32 and float16 can be read")
-        size = math.prod(shape) * _TYPES[kind].itemsize
-        if min(shape) < 1 or at + size > len(data) or name in tensors:
-            why = "is there twice" if name in tensors else f"of shape {tuple(shape)} goes beyond the end of the file"
-            raise CheckpointError(f"{path}: {name} {why}")
-        numbers = torch.frombuffer(bytearray(data[at : at + size]), dtype=_TYPES[kind])
-        tensors[name], at = numbers.float().view(*shape), at + size
-    return header, tensors
+    def __init__(self, path: Path) -> None:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            _, _, *sizes, _ = _ints(path, file, 6)
+            self.header = dict(zip(_MOST, sizes, strict=True))
+            for name, most in _MOST.items():
+                if not 1 <= self.header[name] <= most:
+                    raise CheckpointError(f"{path}: {name} is {self.header[name]}, expected 1 to {most}")
+            slots: dict[str, Slot] = {}
+            while file.tell() < size:
+                name, slot = _parameter(path, file, size)
+                if name in slots:
+                    raise CheckpointError(f"{path}: {name} is there twice")
+                slots[name] = slot
+                file.seek(slot.end)
+        super().__init__(path, slots)
 
 
-def _ints(path: str | Path, data: bytes, at: int, count: int) -> tuple[int, ...]:
-    if at + 4 * count > len(data):
-        raise CheckpointError(f"{path}: ends in the middle (at byte {len(data)})")
-    return struct.unpack_from(f"<{count}i", data, at)
+def _parameter(path: Path, file: BinaryIO, size: int) -> tuple[str, Slot]:
+    at = file.tell()
+    dims, length, kind = _ints(path, file, 3)
+    if not (1 <= dims <= 3 and 1 <= length <= 256):
+        raise CheckpointError(f"{path}: at byte {at} stands no parameter ({dims} dimensions, a name of {length})")
+    shape = tuple(_ints(path, file, dims)[::-1])
+    name = file.read(length).decode("utf-8", "replace")
+    if kind not in _TYPES:
+        raise CheckpointError(f"{path}: {name} is quantised (type {kind}); only float32 and float16 can be read")
+    start = file.tell()
+    end = start + math.prod(shape) * _TYPES[kind].itemsize
+    if min(shape) < 1 or end > size:
+        raise CheckpointError(f"{path}: {name} of shape {shape} goes beyond the end of the file")
+    return name, Slot(_TYPES[kind], shape, start, end)
 
 
-def load_rwkv_cpp(path: str | Path) -> ZooForCausalLM:
-    """The RWKV-4 model in a file of rwkv.cpp, in float32 and eval mode.
-
-    Raises CheckpointError for a file that cannot be read, and for one of another version of RWKV.
-    """
-    header, tensors = read_rwkv_cpp(path)
-    newer = [name for name in tensors if name.endswith(("att.ln_x.weight", "att.time_maa_x", "att.k_k"))]
-    if newer:
-        raise CheckpointError(f"{path}: {newer[0]} shows a version of RWKV above 4; only version 4 can be read")
-    state = {}
-    for i in range(header.layers):
-        for theirs, ours in _PARTS.items():
-            state[f"model.layers.{i}.{ours}"] = _take(path, tensors, f"blocks.{i}.{theirs}")
-    state |= {ours: _take(path, tensors, theirs) for theirs, ours in _WHOLE.items()}
-    if tensors:
-        raise CheckpointError(f"{path}: {min(tensors)} has no place in an RWKV-4 of {header.layers} layers")
-    mixer = {"name": "rwkv4", "inner_dim": len(state["model.layers.0.mixer.bonus"])}
-    ffn = {"name": "rwkv_channel_mix", "version": 4, "hidden_size": len(state["model.layers.0.ffn.key.weight"])}
-    config = ZooConfig(
-        vocab_size=header.vocabulary,
-        hidden_size=header.width,
-        norm="layer_norm",
-        embedding_norm=True,
-        tie_word_embeddings=False,
-        layers=[{"mixer": mixer, "ffn": ffn} for _ in range(header.layers)],
-        origin={"layout": "rwkv_cpp"},
-    )
-    model = ZooForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if parameter.shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)}, expected {tuple(parameter.shape)}"
-            raise CheckpointError(f"{path}: {name} is {shapes}")
-    model.load_state_dict(state)
-    return model.eval()
+def _ints(path: Path, file: BinaryIO, count: int) -> tuple[int, ...]:
+    data = file.read(4 * count)
+    if len(data) < 4 * count:
+        raise CheckpointError(f"{path}: ends in the middle (at byte {file.tell()})")
+    return struct.unpack(f"<{count}i", data)
 
 
-def _take(path: str | Path, tensors: dict[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise CheckpointError(f"{path}: {name} is missing")
-    tensor = tensors.pop(name)
-    if ".time_mix_" in name:
-        return 1 - tensor.flatten()  # ours is the share of the token before
-    if name.endswith(".time_decay"):
-        return (-tensor).log().flatten()
-    return tensor
+@register_family
+class RWKVCpp(RWKV4File):
+    """`rwkv-4-*.bin` of rwkv.cpp, in float32 or float16; quantised ones are refused."""
+
+    layout = "rwkv_cpp"
+    own_format = "a file of rwkv.cpp"
+    about = "files of rwkv.cpp, float32 or float16"
+
+    @classmethod
+    def opens(cls, path: Path) -> Checkpoint | None:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            start = file.read(8)
+        if len(start) < 8 or struct.unpack("<2i", start)[0] != MAGIC or struct.unpack("<2i", start)[1] not in VERSIONS:
+            return None
+        header = RWKVCppFile(path).header
+        return Checkpoint.of_file(path, RWKVCppFile, metadata={"format": cls.layout, **header})
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        return checkpoint.metadata.get("format") == self.layout
+
+    def fields(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        signs = ("att.ln_x.weight", "att.time_maa_x", "att.k_k")
+        if newer := [name for name in checkpoint.shapes if name.endswith(signs)]:
+            raise CheckpointError(f"{checkpoint.path}: {newer[0]} shows a version of RWKV above 4; only 4 can be read")
+        fields = super().fields(checkpoint)
+        if "layers" in checkpoint.metadata:  # a file says how many; tensors of more or fewer are named one by one
+            fields["layers"] = fields["layers"][:1] * checkpoint.metadata["layers"]
+        return fields
+
+    def entries(self, config: ZooConfig) -> Iterator[Entry]:
+        for entry in super().entries(config):
+            theirs, ours = entry.theirs[0], entry.ours[0]
+            if theirs.endswith(".time_decay"):
+                yield mapped(theirs, ours, lambda t: (-t.float()).log(), lambda t: -t.exp())
+            elif ".time_mix_" in theirs:
+                yield same(theirs, ours)
+            else:
+                yield entry
+
+    def config(self, config: ZooConfig) -> dict[str, Any]:
+        if config.dtype not in (None, torch.float32, torch.float16, "float32", "float16"):
+            raise ExportError(f"dtype: {config.dtype}, where the format has float32 and float16")
+        super().config(config)
+        return {"vocabulary": config.vocab_size, "width": config.hidden_size, "layers": config.num_hidden_layers}
+
+    def save(self, folder: Path, config: dict[str, Any], tensors: Iterator[tuple[str, Tensor]]) -> None:
+        half = 0
+        with (folder / "model.bin").open("wb") as file:
+            file.write(struct.pack("<6i", MAGIC, VERSIONS[-1], *config.values(), half))
+            for name, tensor in tensors:
+                raw, kind = name.encode(), {dtype: kind for kind, dtype in _TYPES.items()}[tensor.dtype]
+                if tensor.dim() == 2 and kind == 1:
+                    half = 1
+                file.write(struct.pack("<3i", tensor.dim(), len(raw), kind))
+                file.write(struct.pack(f"<{tensor.dim()}i", *reversed(tensor.shape)) + raw)
+                file.write(tensor.contiguous().numpy().tobytes())
+            file.seek(20)
+            file.write(struct.pack("<i", half))
