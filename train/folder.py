@@ -82,7 +82,8 @@ def _empty(out: Path) -> None:
     """Remove what runs and models leave in a folder, and nothing else that may be in it."""
     if not out.is_dir():
         return
-    model = ["config.json", "generation_config.json", "conversion.json", "score.json", *_tokenizer_files(out)]
+    card = ["score.json", "card.json", "tradeoff.json", "by_position.png", "by_length.png", "tradeoff.png"]
+    model = ["config.json", "generation_config.json", "conversion.json", *card, *_tokenizer_files(out)]
     names = [*OURS, *model, *(p.name for p in out.glob("model*.safetensors*"))]
     left = [p.name for p in out.iterdir() if p.name not in names and not p.name.startswith((TEMPORARY, "."))]
     if left:
@@ -145,7 +146,7 @@ def full_disk_is_said(path: Path) -> Iterator[None]:
         raise TrainingError(f"{path}: no space left on the disk; make room and start the same command again") from None
 
 
-def save_quietly(model: Any, folder: Path) -> None:
+def save_quietly(model: Any, folder: str | Path) -> None:
     """`save_pretrained` without a progress bar of its own."""
     from transformers.utils import logging
 

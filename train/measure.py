@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -191,14 +192,32 @@ def cpu_model() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Versions of what the numbers depend on, and the commit of this package where it is known."""
     import transformers
 
     import zoo
 
+    commit = package_commit()
     return {
         "zoo": zoo.__version__,
+        **({} if commit is None else {"commit": commit}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def package_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with " + changes" where files differ; else None."""
+    import zoo
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", os.path.dirname(zoo.__file__), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # not some other repository around an installed package
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" + changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

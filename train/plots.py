@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import DataError
+from zoo.train.markdown import one_line
 
 STYLES = {
     "teacher": ("#000000", "o", "-"),
@@ -92,7 +93,7 @@ def tradeoff_plot(points: Sequence[Mapping[str, Any]], path: str | Path, *, laye
             marker=marker,
             linestyle="-" if trained else ":",
             markerfacecolor=color if trained else "white",
-            label=f"{label}, {'distilled' if trained else 'untrained'}",
+            label=one_line(f"{label}, {'distilled' if trained else 'untrained'}"),
         )
     axis.set(
         title="What each layer of attention buys",
@@ -124,7 +125,7 @@ def _lines(axis: Any, score: Mapping[str, Any], key: str, *, scale: float = 1.0,
         color, marker, line = STYLES.get(row["role"], OTHERS[0])
         shown = [(places.index(p), value * scale) for p, value in row[key].items() if value is not None]
         if shown:
-            label = f"{row['role'].replace('_', ' ')}: {row['name']}"
+            label = one_line(f"{row['role'].replace('_', ' ')}: {row['name']}")
             axis.plot(*zip(*shown, strict=True), color=color, marker=marker, linestyle=line, label=label)
     axis.set_xticks(range(len(places)), places)
 

@@ -55,6 +55,7 @@ class Run:
     log: RunLog = field(default_factory=lambda: RunLog(None))
     stop: StopFlag = field(default_factory=StopFlag)
     show: bool = True
+    command: str | None = None
     state: RunState = field(default_factory=RunState)
     touched: list[str] = field(default_factory=list)  # parameters that some stage has trained so far
 

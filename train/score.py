@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +24,16 @@ from zoo.train import tasks
 from zoo.train.embeddings import compare_embeddings
 from zoo.train.evaluation import Ablated, Comparison, branched, compare, greedy_agreement
 from zoo.train.measure import fits, machine, measure_speed, parameters, position_limit, state_bytes_at, versions
-from zoo.train.score_inputs import check_tasks, one_tokenizer, resolve_model, sample_rows, sample_sentences
+from zoo.train.score_inputs import (
+    check_tasks,
+    count_mixers,
+    hash_of,
+    model_name,
+    one_tokenizer,
+    resolve_model,
+    sample_rows,
+    sample_sentences,
+)
 
 ROLES = ("teacher", "untrained", "student", "window_baseline")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,6 +43,7 @@ ROW_KEYS = (
     "perplexity_by_position", "kl_by_position", "passkey", "passkey_choice", "mqar", "branches", "state_bytes",
     "decode_tokens_per_s", "decode_tokens_per_cpu_s", "decode_speedup",
     "prefill_tokens_per_s", "prefill_tokens_per_cpu_s", "parameters", "mixers", "train_tokens", "train_cpu_seconds",
+    "weights_sha256",
 )  # fmt: skip
 
 
@@ -47,6 +58,8 @@ class Score:
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    task: str | None = None
+    date: str | None = None
 
     def row(self, role: str) -> dict[str, Any] | None:
         """The row of a role, or None."""
@@ -61,7 +74,7 @@ class Score:
         from rich.console import Console
         from rich.table import Table
 
-        from zoo.train.card import tables
+        from zoo.train.card_tasks import tables
 
         console = console or Console()
         for title, header, lines in tables(self.to_json()):
@@ -200,11 +213,13 @@ def score(
         examples=examples, dtype=dtype, seed=seed,
     )  # fmt: skip
     teacher_model, teacher_tokenizer = resolve_model(teacher, teacher=True)
-    models, found = {"teacher": teacher_model}, [teacher_tokenizer]
+    models, found, hashes = {"teacher": teacher_model}, [teacher_tokenizer], {}
     for role, given in (("untrained", untrained), ("student", student), ("window_baseline", window_baseline)):
         if given is not None:
             models[role], own = resolve_model(given)
             found.append(own)
+            if role != "untrained":
+                hashes[role] = hash_of(given, models[role])
     check_tasks(models)
     tokenizer = one_tokenizer(tokenizer, found)
     sample, rows_NL, sentences = {"tokens": plan.tokens, "length": length, "seed": seed}, torch.empty(0, 0), None
@@ -216,7 +231,10 @@ def score(
         rows_NL, about = sample_rows(data, tokenizer, **sample)
     with _progress(progress) as step:
         result = _Measuring(models, tokenizer, rows_NL, plan, step, sentences).run(train_info, names)
-    result.data, result.command = about, command
+    result.data, result.command, result.task = about, command, teacher_model.config.task
+    result.date = datetime.now(UTC).isoformat(timespec="seconds")
+    for role, sha256 in hashes.items():
+        result.rows[[row["role"] for row in result.rows].index(role)]["weights_sha256"] = sha256
     result.settings = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(plan).items()}
     if out is not None:
         result.save(out)
@@ -426,17 +444,3 @@ def _spent(info: Mapping[str, Any] | None, role: str) -> dict[str, Any]:
         return {}
     get = given.get if isinstance(given, Mapping) else lambda name: getattr(given, name, None)
     return {name: get(name) for name in ("tokens", "cpu_seconds")}
-
-
-def count_mixers(model: Any) -> dict[str, int]:
-    """How many layers each mixer has, by name."""
-    names = list(model.config.mixer_names)
-    return {name: names.count(name) for name in sorted(set(names))}
-
-
-def model_name(model: Any, role: str) -> str:
-    """A short name: the teacher's source, or the mixers of a student with the number of layers they have."""
-    source = (model.config.origin or {}).get("source")
-    if role == "teacher" and source:
-        return Path(str(source)).name or str(source)
-    return " + ".join(f"{count} {name}" for name, count in count_mixers(model).items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,32 @@ def resolve_model(given: Any, *, teacher: bool = False) -> tuple[Any, Any]:
 
     loaded = load_teacher(given)
     return loaded.model, loaded.tokenizer
+
+
+def hash_of(given: Any, model: Any) -> str:
+    """The hash of the weights that are scored: those in the folder `given`, or of `model` as it would be saved."""
+    from zoo.hub.weights import weights_hash
+    from zoo.train.folder import save_quietly
+
+    if isinstance(given, str | Path) and Path(given).is_dir():
+        return weights_hash(given)
+    with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
+        save_quietly(model, folder)
+        return weights_hash(folder)
+
+
+def count_mixers(model: Any) -> dict[str, int]:
+    """How many layers each mixer has, by name."""
+    names = list(model.config.mixer_names)
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def model_name(model: Any, role: str) -> str:
+    """A short name: the teacher's source, or the mixers of a student with the number of layers they have."""
+    source = (model.config.origin or {}).get("source")
+    if role == "teacher" and source:
+        return Path(str(source)).name or str(source)
+    return " + ".join(f"{count} {name}" for name, count in count_mixers(model).items())
 
 
 def _is_zoo_folder(source: str | Path) -> bool:

@@ -15,6 +15,7 @@ __all__ = [
     "ZooError",
     "__version__",
     "backends",
+    "card",
     "convert",
     "create_model",
     "distill",
@@ -33,6 +34,7 @@ _HOME = {
     "ZooConfig": "zoo.config",
     "ZooError": "zoo.errors",
     "backends": "zoo.ops.backends",
+    "card": "zoo.train.card",
     "convert": "zoo.convert.api",
     "create_model": "zoo.models.create",
     "distill": "zoo.train.api",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from zoo.ops.backends import backends
     from zoo.registry import list_ffns, list_mixers, list_models, register_ffn, register_mixer, register_model
     from zoo.train.api import distill
+    from zoo.train.card import card
     from zoo.train.score import score
 
 

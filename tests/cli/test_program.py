@@ -19,7 +19,9 @@ from zoo.cli.common import guarded, parse_options
 from zoo.cli.main import app
 from zoo.errors import ConfigError, DataError
 
-COMMANDS = ["list", "show", "backends", "convert", "distill", "train", "score", "generate", "push", "pull", "demo"]
+COMMANDS = [
+    "list", "show", "backends", "convert", "distill", "train", "score", "card", "generate", "push", "pull", "demo",
+]  # fmt: skip
 
 
 def program(*args: str, **env: str) -> subprocess.CompletedProcess:

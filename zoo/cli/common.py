@@ -117,7 +117,7 @@ def quiet_libraries() -> None:
     warnings.showwarning = lambda message, *_: say(f"warning: {' '.join(str(message).split())}")
 
 
-def parse_options(given: Sequence[str]) -> dict[str, Any]:
+def parse_options(given: Sequence[str], flag: str = "--option") -> dict[str, Any]:
     """`["window=64", "linear.name=mamba2"]` -> `{"window": 64, "linear": {"name": "mamba2"}}`; values are YAML."""
     import yaml
 
@@ -128,17 +128,17 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
     for option in given:
         key, equals, text = option.partition("=")
         if not equals or not all(key.split(".")):
-            raise ConfigError(f"--option {option!r}: write key=value, such as window=64")
+            raise ConfigError(f"{flag} {option!r}: write key=value, such as window=64")
         *parents, last = key.split(".")
         place = values
         for parent in parents:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
-                raise ConfigError(f"--option {option!r}: {parent} has a value already")
+                raise ConfigError(f"{flag} {option!r}: {parent} has a value already")
         try:
             place[last] = yaml.load(text, Loader=Loader)
         except yaml.YAMLError:
-            raise ConfigError(f"--option {option!r}: cannot read the value {text!r}") from None
+            raise ConfigError(f"{flag} {option!r}: cannot read the value {text!r}") from None
     return values
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from zoo.cli.backends import backends
+from zoo.cli.card import card
 from zoo.cli.common import JsonOption, examples, guarded
 from zoo.cli.convert import convert
 from zoo.cli.distill import distill
@@ -108,6 +109,14 @@ app.command(
         "zoo score student --against HuggingFaceTB/SmolLM2-135M --data held_out.txt --quick --json",
     ),
 )(guarded(score))
+app.command(
+    "card",
+    epilog=examples(
+        "zoo card runs/quick --license apache-2.0 --repo me/smollm2-135m-windowed",
+        "zoo card runs/quick --set teacher_license=apache-2.0 --set 'limits=[\"It reads English only.\"]'",
+        "zoo card model_cards/*/ --check",
+    ),
+)(guarded(card))
 app.command(
     "generate",
     epilog=examples(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -46,7 +48,7 @@ def run_recipe(recipe: str, overrides: list[str], overwrite: bool, as_json: bool
         quiet_libraries()
         from zoo.train.api import train_recipe
 
-        result = train_recipe(loaded, overwrite=overwrite)
+        result = train_recipe(loaded, overwrite=overwrite, command=shlex.join(["zoo", *sys.argv[1:]]))
     summary = {"out": loaded.out, "tokens": result.tokens, "cpu_seconds": result.cpu_seconds, "stages": result.stages}
     if as_json:
         print_json(summary)
