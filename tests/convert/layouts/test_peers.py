@@ -15,7 +15,7 @@ from zoo.convert.layouts.family import families, open_any
 from zoo.convert.layouts.files import open_checkpoint
 from zoo.errors import CheckpointError, ExportError
 
-ADAPTERS_WITHOUT_PEER = {"albert", "bert", "deit", "gpt_neox", "mobilebert", "opt", "roberta", "swin", "timm", "vit"}
+ADAPTERS_WITHOUT_PEER = {"timm"}
 
 
 @pytest.fixture(scope="module", params=PEERS, ids=str)

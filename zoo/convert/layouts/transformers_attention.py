@@ -7,8 +7,9 @@ a large checkpoint needs no second copy; names, options and both directions come
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,9 +17,45 @@ from zoo.config import ZooConfig
 from zoo.convert.layouts.family import Family, register_family_source
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mapping import Entry, same
+from zoo.convert.layouts.names import LAYER_NORM, class_of
 from zoo.convert.teachers import adapter as adapters
 from zoo.convert.teachers.adapter import Packed, TeacherAdapter, as_packed
-from zoo.errors import CheckpointError, ExportError
+from zoo.errors import ExportError
+
+_PRETRAINING = ("cls.seq_relationship", "sop_classifier")
+
+
+class _Files(NamedTuple):
+    """What published files of a family need beside its adapter; see `Family`. pooler: a layer of the bare class."""
+
+    root: str = ""
+    spare: tuple[str, ...] = ()
+    read_as: dict[str, str] = {}  # noqa: RUF012
+    pooler: str | None = None
+
+
+_FILES = {
+    "albert": _Files(
+        "albert.", ("albert.pooler", *_PRETRAINING), {"AlbertForPreTraining": "AlbertForMaskedLM"}, "pooler"
+    ),
+    # fit_dense, fit_denses: the maps to the teacher's width, in huawei-noah/TinyBERT_*, which are BERTs
+    "bert": _Files(
+        "bert.",
+        ("bert.pooler", "fit_dense", "fit_denses", *_PRETRAINING),
+        {"BertForPreTraining": "BertForMaskedLM"},
+        "pooler.dense",
+    ),
+    "distilbert": _Files("distilbert."),
+    "gpt2": _Files("transformer."),
+    "gpt_neox": _Files("gpt_neox."),
+    "llama": _Files("model."),
+    "mobilebert": _Files(
+        "mobilebert.", ("mobilebert.pooler", *_PRETRAINING), {"MobileBertForPreTraining": "MobileBertForMaskedLM"},
+        "pooler.dense",
+    ),
+    "opt": _Files("model."),
+    "roberta": _Files("roberta.", ("roberta.pooler",), pooler="pooler.dense"),
+}  # fmt: skip
 
 
 class AdapterFamily(Family):
@@ -31,26 +68,26 @@ class AdapterFamily(Family):
         self.adapter = adapter
         self.name = adapter.family  # type: ignore[misc]
         self.about = ", ".join(adapter.architectures)  # type: ignore[misc]
+        self.files = _FILES.get(adapter.family, _Files())
+        self.root, self.spare = self.files.root, self.files.spare
+        self.older = (*LAYER_NORM, *adapter.published)
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
-        return checkpoint.config.get("model_type") in self.adapter.model_types
+        c = checkpoint.config
+        if "model_type" not in c:  # BERT before there were others, as TinyBERT is published
+            layers = any(name.startswith("bert.encoder.layer.0.") for name in checkpoint.shapes)
+            return self.name == "bert" and layers and "type_vocab_size" in c and "architectures" not in c
+        return c["model_type"] in self.adapter.model_types
 
     def fields(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        values = dict(checkpoint.config)
-        config, architecture = self.adapter.config(values), self._architecture(checkpoint)
+        values = {"model_type": self.adapter.model_types[0], **checkpoint.config}
+        classes = self.adapter.architectures_of(values["model_type"])
+        config, architecture = self.adapter.config(values), class_of(checkpoint, classes, self.files.read_as)
         self.adapter.check_options(config)
         carried = {k: values[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if values.get(k) is not None}
         labels = {k: values[k] for k in ("id2label", "label2id", "problem_type") if values.get(k) is not None}
         origin = {"architecture": architecture, "source": str(checkpoint.path)}
         return {**self.adapter.fields(config, architecture), **carried, **labels, "origin": origin}
-
-    def _architecture(self, checkpoint: Checkpoint) -> str:
-        named = (checkpoint.config.get("architectures") or [""])[0]
-        supported = self.adapter.architectures_of(checkpoint.config["model_type"])
-        if named not in supported:
-            listing = ", ".join(supported)
-            raise CheckpointError(f"{checkpoint.path}: architectures.0 is {named!r}; supported: {listing}")
-        return named
 
     def entries(self, config: ZooConfig) -> Iterator[Entry]:
         from zoo.convert.layouts.loading import meta_model
@@ -58,7 +95,7 @@ class AdapterFamily(Family):
         original, architecture = self._original(config)
         ours = meta_model(config).state_dict()
         for theirs, mine in self.adapter.tensors(original, architecture).items():
-            yield same(theirs, mine)
+            yield same(self._published(theirs), mine)
         for theirs, target in self.adapter.modules(original, architecture).items():
             packed = as_packed(target)
             read, write = functools.partial(_unpack, packed), functools.partial(_pack, packed)
@@ -66,32 +103,49 @@ class AdapterFamily(Family):
                 for parameter in ("weight", "bias"):
                     names = tuple(f"{part.replace('{i}', str(place))}.{parameter}" for part in packed.parts)
                     if names[0] in ours:
-                        yield Entry((f"{theirs.replace('{i}', str(i))}.{parameter}",), names, read, write)
+                        name = f"{theirs.replace('{i}', str(i))}.{parameter}"
+                        yield Entry((self._published(name),), names, read, write)
+
+    def _published(self, name: str) -> str:
+        name = {same: copy for copy, same in self.adapter.copies.items()}.get(name, name)
+        for pattern, replacement in self.adapter.published:
+            name = re.sub(pattern, replacement, name)
+        return name
 
     def _original(self, config: ZooConfig) -> tuple[Any, str]:
-        return self.adapter.config(dict(config.origin["config"])), config.origin["architecture"]
+        values = {"model_type": self.adapter.model_types[0], **config.origin["config"]}
+        return self.adapter.config(values), config.origin["architecture"]
 
     def aliases(self, config: ZooConfig) -> dict[str, str]:
         original, architecture = self._original(config)
         modules = {
             as_packed(target).parts[0]: name for name, target in self.adapter.modules(original, architecture).items()
         }
-        copies = dict(self.adapter.copies)
-        if config.tie_word_embeddings and "lm_head" in modules:
-            copies[f"{modules['lm_head']}.weight"] = f"{modules['model.embed_tokens']}.weight"
+        copies = {same: copy for copy, same in self.adapter.copies.items()}
+        for head in ("lm_head", "lm_head.words"):
+            if config.tie_word_embeddings and head in modules:
+                words = self._published(f"{modules['model.embed_tokens']}.weight")
+                copies[self._published(f"{modules[head]}.weight")] = words
         return copies
 
     def ignored(self, config: ZooConfig) -> tuple[str, ...]:
         return (".position_ids", ".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".masked_bias")
 
     def is_dropped(self, name: str) -> bool:
-        return self.adapter.is_dropped(name)
+        return self.adapter.is_dropped(name) or super().is_dropped(name)
+
+    def fillers(self, config: ZooConfig) -> dict[str, tuple[int, ...]]:
+        pooler, D = self.files.pooler, config.hidden_size
+        if pooler is None or config.task != "sentence-embedding":
+            return {}
+        return {f"{pooler}.weight": (D, D), f"{pooler}.bias": (D,)}
 
     def config(self, config: ZooConfig) -> dict[str, Any]:
         origin = config.origin
         if origin.get("architecture") not in self.adapter.architectures:
             raise ExportError("has no such class to write back to: the model did not come from it")
-        return {**origin["config"], "architectures": [origin["architecture"]]}
+        kind = {"model_type": self.adapter.model_types[0]}
+        return {**kind, **origin["config"], "architectures": [origin["architecture"]]}
 
 
 def _unpack(packed: Packed, tensors: list[Tensor]) -> list[Tensor]:

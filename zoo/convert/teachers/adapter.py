@@ -63,6 +63,8 @@ class TeacherAdapter(ABC):
 
     copies: original tensor -> the original tensor that it always equals, and which alone is imported.
     dropped: original modules without a counterpart, whose tensors are left out; `origin["dropped"]` lists them.
+    published: original names in memory -> those that files have, as (pattern, replacement) of `re.sub`, where
+        transformers renames tensors when it loads and saves (its conversion_mapping.py).
     padding: the side on which a row may be padded so that the original computes the same as without; or "none".
     """
 
@@ -72,6 +74,7 @@ class TeacherAdapter(ABC):
     only: ClassVar[dict[str, tuple[Any, ...]]] = {}
     copies: ClassVar[dict[str, str]] = {}
     dropped: ClassVar[tuple[str, ...]] = ()
+    published: ClassVar[tuple[tuple[str, str], ...]] = ()
     padding: ClassVar[Literal["left", "right", "none"]] = "left"
 
     @abstractmethod

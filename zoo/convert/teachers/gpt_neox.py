@@ -14,6 +14,7 @@ class GPTNeoX(TeacherAdapter):
     family = "gpt_neox"
     model_types = ("gpt_neox",)
     architectures = {"GPTNeoXForCausalLM": "causal-lm"}  # noqa: RUF012
+    published = ((r"^lm_head\.", "embed_out."),)
 
     def spec(self, config: Any, task: str) -> dict[str, Any]:
         head_dim = config.hidden_size // config.num_attention_heads

@@ -72,6 +72,15 @@ class Swin(ImageTeacher):
     family = "swin"
     model_types = ("swin",)
     architectures = {"SwinForImageClassification": "image-classification"}  # noqa: RUF012
+    published = (
+        (r"\.attention\.q_proj\.", ".attention.self.query."),
+        (r"\.attention\.k_proj\.", ".attention.self.key."),
+        (r"\.attention\.v_proj\.", ".attention.self.value."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        (r"\.attention\.relative_position_bias\.", ".attention.self."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+    )
     only = {"use_absolute_embeddings": (False,), "layer_norm_eps": (1e-5,)}  # noqa: RUF012
 
     def spec(self, config: Any, task: str) -> dict[str, Any]:

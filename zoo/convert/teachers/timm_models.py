@@ -37,6 +37,7 @@ class TimmModel(ImageTeacher):
     family = "timm"
     model_types = ("timm_wrapper",)
     architectures = {"TimmWrapperForImageClassification": "image-classification"}  # noqa: RUF012
+    published = ((r"^timm_model\.", ""),)
 
     def wrap(self, model: Any) -> Any:
         if not type(model).__module__.startswith("timm.models."):

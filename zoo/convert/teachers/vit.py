@@ -61,6 +61,15 @@ class ImageTeacher(TeacherAdapter):
 
 class _VisionTransformer(ImageTeacher):
     root: ClassVar[str]
+    published = (
+        (r"\.layers\.(\d+)\.", r".encoder.layer.\1."),
+        (r"\.attention\.q_proj\.", ".attention.attention.query."),
+        (r"\.attention\.k_proj\.", ".attention.attention.key."),
+        (r"\.attention\.v_proj\.", ".attention.attention.value."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+    )
 
     def spec(self, config: Any, task: str) -> dict[str, Any]:
         if config.hidden_size % config.num_attention_heads:
