@@ -122,6 +122,8 @@ class Stage(Options):
     train: "mixers" (those that were converted), "all", a list of these and of parameter-name patterns, or a mapping
     from them to learning rates; the first that fits decides. epochs: how often the same `budget / epochs` of text is
     gone over; from the second time on, with `cache_teacher`, the teacher's part is read from disk.
+    exits: how early exits learn, where the model has some: with the kl and ce of the last layer, in one mean weighted
+    by depth ("as_last"), or by the KL to the model's own last layer, added to the loss ("from_last"); or not ("none").
     """
 
     kind: Kind
@@ -134,6 +136,7 @@ class Stage(Options):
     schedule: Schedule = Schedule()
     train: str | list[str] | dict[str, float] | None = None
     loss: LossWeights | None = None
+    exits: Literal["as_last", "from_last", "none"] = "as_last"
     temperature: float = Field(default=1.0, gt=0, le=100)
     weight_decay: float = Field(default=0.0, ge=0, le=10)
     betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)

@@ -6,6 +6,8 @@ distill   end to end: KL to the teacher's distribution, cross-entropy, relative 
           sentence encoders the distance from the teacher's embedding.
 finetune, pretrain    cross-entropy alone.
 
+A student with early exits trains them with these losses, or to follow its own last layer (`exits` of a stage).
+
 What is the same in teacher and student is computed once: the leading layers that are frozen and equal run in the
 teacher only, and the student goes on from there.
 """
@@ -113,6 +115,8 @@ def check_stage(stage: Stage, student: ZooPreTrainedModel, teacher: ZooPreTraine
     if weights.kl and not hasattr(student, "lm_head"):
         other = "embedding" if task == "sentence-embedding" else "hidden or loss.mixer"
         raise ConfigError(f"loss.kl: a {task} has no distribution over words; use loss.{other}")
+    if stage.exits == "from_last" and getattr(student, "exits", None) is None:
+        raise ConfigError("exits: this model has no early exits; zoo.models.early_exit.add_exits gives it some")
     if weights.embedding and task != "sentence-embedding":
         raise ConfigError(f"loss.embedding: this model is a {task}, which has no sentence embedding; use loss.hidden")
     sized = weights.hidden or weights.embedding
@@ -212,7 +216,7 @@ class Teaching:
         x_BLD = embed(backbone, batch)
         end = self.last or self.embedding
         stop = len(backbone.layers) if end else 1 + max([*self.converted, *self.hidden, self.shared - 1, 0])
-        passed: dict[str, Tensor] = {}
+        passed = backbone.first_shared(x_BLD)
         with watching(backbone, self.converted) as seen:
             for i, block in enumerate(backbone.layers[:stop]):
                 x_BLD, _ = block(x_BLD, batch.mask, batch.segment_ids, None, passed)
@@ -259,6 +263,9 @@ class Objective(nn.Module):
         first = _first_trained(student)
         self.hidden = list(range(first, len(student.model.layers))) if weights.hidden else []
         self.shared = shared_layers(student, teacher) if teacher is not None and stage.kind == "distill" else 0
+        self.exits = getattr(student, "exits", None) if stage.exits != "none" else None
+        if self.exits is not None:  # which read what those layers give
+            self.shared = min(self.shared, self.exits.options.layers[0])
         self.teaching = None
         if stage.needs_teacher:
             self.teaching = Teaching(
@@ -302,9 +309,11 @@ class Objective(nn.Module):
 
     def _end_to_end(self, batch: Batch, guide: Guide) -> tuple[Tensor, dict[str, Tensor]]:
         weights, backbone = self.stage.weights, self.student.model
-        x_BLD = guide["shared"] if "shared" in guide else embed(backbone, batch)
+        first_BLD = embed(backbone, batch) if self.shared == 0 or backbone.reads_embedding else guide["shared"]
+        passed = backbone.first_shared(first_BLD)
+        x_BLD = guide["shared"] if self.shared else first_BLD
         hidden: list[Tensor] = []
-        passed: dict[str, Tensor] = {}
+        early: list[Tensor] = []  # what the exits read
         with watching(backbone, self.converted if weights.mixer else [], self.shared) as seen:
             for i, block in enumerate(backbone.layers):
                 if i < self.shared:
@@ -312,10 +321,12 @@ class Objective(nn.Module):
                 x_BLD, _ = block(x_BLD, batch.mask, batch.segment_ids, None, passed)
                 if i in self.hidden:
                     hidden.append(relative_error(x_BLD, guide[f"hidden.{i}"], batch.mask))
+                if self.exits is not None and i in self.exits.options.layers:
+                    early.append(self.exits.head(i, x_BLD, backbone.norm))
         loss = x_BLD.new_zeros((), dtype=torch.float32)
         terms: dict[str, Tensor] = {}
         if weights.kl or weights.ce:
-            loss, terms = self._head(finish(self.student, x_BLD), batch, guide)
+            loss, terms = self._with_exits(finish(self.student, x_BLD), early, batch, guide)
         if weights.embedding:
             error = embedding_distance(embedding(self.student, x_BLD, batch.mask), guide["embedding"])
             terms["embedding"] = error.detach()
@@ -333,21 +344,42 @@ class Objective(nn.Module):
             loss = loss + extra
         return loss, terms
 
+    def _with_exits(
+        self, last_BLD: Tensor, early: list[Tensor], batch: Batch, guide: Guide
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the last layer, and of the exits by the stage's `exits`, deeper ones counting more."""
+        loss, terms = self._head(last_BLD, batch, guide)
+        if self.exits is None or not early:
+            return loss, terms
+        *weights, end = self.exits.weights()
+        if self.stage.exits == "as_last":
+            losses = [self._head(h_BLD, batch, guide)[0] for h_BLD in early]
+        else:
+            head, end = self.student.lm_head, 1.0
+            weights = [weight / sum(weights) for weight in weights]
+            bias = None if head.bias is None else head.bias.detach()
+            teacher = (last_BLD.detach().flatten(0, 1), head.weight.detach(), bias)
+            losses = [self._distance(h_BLD, head, teacher, kl=1.0)[0] for h_BLD in early]
+        error = torch.stack([weight * x for weight, x in zip(weights, losses, strict=True)]).sum()
+        terms["exits"] = (error / sum(weights)).detach()
+        return end * loss + error, terms
+
     def _head(self, x_BLD: Tensor, batch: Batch, guide: Guide) -> tuple[Tensor, dict[str, Tensor]]:
         weights, head, teacher = self.stage.weights, self.student.lm_head, None
         if weights.kl:
             t_head = self.teacher.lm_head
             teacher = (guide["last"].flatten(0, 1), t_head.weight, t_head.bias)
+        return self._distance(x_BLD, head, teacher, targets_N=batch.targets.flatten(), kl=weights.kl, ce=weights.ce)
+
+    def _distance(self, x_BLD: Tensor, head: Any, teacher: Any, **terms: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return head_loss(
             x_BLD.flatten(0, 1),
             head.weight,
             head.bias,
             teacher=teacher,
-            targets_N=batch.targets.flatten(),
-            kl=weights.kl,
-            ce=weights.ce,
             temperature=self.stage.temperature,
             dtype=torch.bfloat16 if self.stage.precision == "bf16" else None,
+            **terms,
         )
 
 

@@ -315,8 +315,7 @@ class ZooModel(ZooPreTrainedModel):
         cache = self._cache(past_key_values, use_cache, segment_ids)
         mask_BL = self._mask(attention_mask, x_BLD.shape[1])
         x_BLD = self._embed(x_BLD, mask_BL, token_type_ids, segment_ids, cache)
-        if self.reads_embedding:
-            shared["embedding"] = x_BLD
+        shared |= self.first_shared(x_BLD)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden, layers = [], self.layers
         recompute = self.training and torch.is_grad_enabled() and cache is None and not keep and run_block is None
@@ -334,6 +333,10 @@ class ZooModel(ZooPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=x_BLD, past_key_values=cache, hidden_states=(*hidden, x_BLD) if keep else None
         )
+
+    def first_shared(self, x_BLD: Tensor) -> dict[str, Tensor]:
+        """What later layers read of the input of the first one."""
+        return {"embedding": x_BLD} if self.reads_embedding else {}
 
     def finish(self, x_BLD: Tensor) -> Tensor:
         """From the last block's output to the final hidden states."""

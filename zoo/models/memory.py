@@ -84,7 +84,7 @@ class Memory(nn.Module):
 class MemoryBlock(Block):
     """A block whose mixer also reads a memory block; the first layer that uses one holds it (`memory`).
 
-    Without `shared["embedding"]` it behaves as the first layer does.
+    Without `shared` it behaves as the first layer does. Raises ValueError where `shared` has no "embedding".
     """
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
@@ -122,8 +122,10 @@ class MemoryBlock(Block):
         state: State | None,
         shared: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, State | None]:
+        if shared is not None and "embedding" not in shared:
+            raise ValueError("a layer with memory reads the input of the first layer too: shared needs 'embedding'")
         mine, theirs = (None, None) if state is None else state.split("memory.")
-        both_BLE = torch.cat([x_BLD, (shared or {}).get("embedding", x_BLD)], -1)
+        both_BLE = torch.cat([x_BLD, x_BLD if shared is None else shared["embedding"]], -1)
         if mask_BL is not None:
             both_BLE = both_BLE.masked_fill(~mask_BL[..., None], 0)
         context = {"mask_BL": mask_BL, "segments_BL": segments_BL}
