@@ -17,7 +17,7 @@ SOURCES = sorted([*(ROOT / "zoo").rglob("*.py"), *(ROOT / "train").rglob("*.py")
 LEVELS = [
     {"errors"},
     {"yaml_files", "options"},
-    {"config", "patterns", "registry", "text", "linear"},
+    {"config", "patterns", "registry", "text", "images", "linear"},
     {"ops"},
     {"mixers", "ffn"},
     {"models"},

@@ -85,7 +85,7 @@ def test_the_version_is_stated_once_in_effect():
 def test_every_third_party_import_is_declared():
     declared = {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "accelerate", "datasets"}
     declared |= {"pydantic", "yaml", "typer", "rich", "numpy"}  # core
-    declared |= {"gguf", "matplotlib", "timm", "flash_attn", "causal_conv1d"}  # extras
+    declared |= {"gguf", "matplotlib", "timm", "PIL", "flash_attn", "causal_conv1d"}  # extras
     declared |= {"pyarrow", "pandas"}  # come with datasets
     found = set()
     for path in [*(ROOT / "zoo").rglob("*.py"), *(ROOT / "train").rglob("*.py")]:

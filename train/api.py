@@ -15,12 +15,11 @@ import torch
 
 from zoo.errors import ConfigError, DataError
 from zoo.models.create import create_model, load_folder
-from zoo.text import Documents, Source, byte_tokenizer, describe, split_documents
+from zoo.text import Source, byte_tokenizer
 from zoo.train.checkpoint import CheckpointFolder
 from zoo.train.folder import (
     TEMPORARY,
     claim,
-    fingerprint,
     finished,
     full_disk_is_said,
     processes,
@@ -35,6 +34,7 @@ from zoo.train.measure import versions
 from zoo.train.progress import RunLog
 from zoo.train.recipe import Checkpoints, Recipe, Stage, parse_stages
 from zoo.train.run import Run
+from zoo.train.sources import TrainingData, training_data
 
 
 @dataclass
@@ -53,7 +53,7 @@ def distill(
     student: Any,
     teacher: Any,
     *,
-    data: Source,
+    data: Source | Any,
     stages: Any = "quick",
     out: str | Path | None = None,
     tokenizer: Any = None,
@@ -71,13 +71,13 @@ def distill(
     Args:
         student: a zoo model, or the folder of one.
         teacher: a zoo model, a `Teacher`, anything that `load_teacher` takes; None where no stage needs one.
-        data: see `zoo.text.read_documents`.
+        data: text, see `zoo.text.read_documents`; of image classifiers images with labels, see `zoo.images`.
         stages: a recipe's file or name (its stages are taken), or a list of `Stage`s or mappings.
         out: the run's folder, see above; without it nothing is written and nothing can be resumed.
-        tokenizer: by default the student's or the teacher's.
+        tokenizer: by default the student's or the teacher's; images need none.
         resume: go on with a run that is in `out` already; it must be this very run.
         overwrite: remove the run that is in `out`.
-        held_out: the share of documents (by hash of their text and `seed`) that is not trained on.
+        held_out: the share of documents or images (by hash of them and `seed`) that is not trained on.
         eval_tokens: how many tokens of those are scored at each checkpoint; with it the best checkpoint is the one with
             the lowest held-out loss, without it the one with the lowest running mean of the training loss.
         seed: of shuffling and of the stages.
@@ -96,8 +96,7 @@ def distill(
     return _run(
         student,
         teacher_model if any(stage.needs_teacher for stage in plan) else None,
-        tokenizer,
-        data,
+        training_data(student, data, tokenizer=tokenizer, held_out=held_out, seed=seed),
         plan,
         out=None if out is None else Path(out),
         resume=resume,
@@ -134,18 +133,18 @@ def train_recipe(
         claim(out, {"recipe": {k: v for k, v in values.items() if k != "out"}}, resume, overwrite)
     teacher, found = _teacher(recipe.teacher)
     tokenizer = _tokenizer(recipe.tokenizer) if recipe.tokenizer else found
-    train, _ = split_documents(data, recipe.held_out, recipe.seed)
     if recipe.model is not None:
         torch.manual_seed(recipe.seed)
         student, own = _model(recipe.model, **recipe.model_options)
         tokenizer = tokenizer if tokenizer is not None else own
-    else:
-        student = _converted(recipe, teacher, tokenizer, train, out, progress)
+    how: dict[str, Any] = {"tokenizer": tokenizer, "held_out": recipe.held_out, "seed": recipe.seed}
+    read = training_data(teacher if recipe.model is None else student, data, **how)
+    if recipe.model is None:
+        student = _converted(recipe, teacher, tokenizer, read, out, progress)
     return _run(
         student,
         teacher if any(stage.needs_teacher for stage in recipe.stages) else None,
-        tokenizer,
-        data,
+        read,
         recipe.stages,
         out=out,
         resume=True,
@@ -160,7 +159,9 @@ def train_recipe(
     )
 
 
-def _converted(recipe: Recipe, teacher: Any, tokenizer: Any, data: Documents, out: Path | None, progress: bool) -> Any:
+def _converted(
+    recipe: Recipe, teacher: Any, tokenizer: Any, data: TrainingData, out: Path | None, progress: bool
+) -> Any:
     """The student that a recipe asks for: converted once, then kept in `out/initial` for whoever resumes."""
     from zoo.convert.api import convert
     from zoo.convert.teachers import Teacher
@@ -175,11 +176,10 @@ def _converted(recipe: Recipe, teacher: Any, tokenizer: Any, data: Documents, ou
             recipe.mixer,
             keep=recipe.keep,  # type: ignore[arg-type]
             mixer_options=recipe.mixer_options or None,
-            data=data,
             calibrate=recipe.calibrate,
-            length=min(512, max(stage.length for stage in recipe.stages)),  # the student may take no longer rows
             seed=recipe.seed,
             progress=progress,
+            **data.calibration(recipe.stages),
         )
         if initial is not None and state.is_main_process:
             with full_disk_is_said(initial):
@@ -195,8 +195,7 @@ def _converted(recipe: Recipe, teacher: Any, tokenizer: Any, data: Documents, ou
 def _run(
     student: Any,
     teacher: Any,
-    tokenizer: Any,
-    data: Source,
+    data: TrainingData,
     stages: list[Stage],
     *,
     out: Path | None,
@@ -210,19 +209,17 @@ def _run(
     progress: bool,
     command: str | None = None,
 ) -> DistillResult:
-    _check_tokenizer(tokenizer, [m for m in (student, teacher) if m is not None])
-    train, held = split_documents(data, held_out, seed)
-    run = Run(student, teacher, tokenizer, train, held, stages, seed, eval_tokens, out, when=when, show=progress)
+    data.check([model for model in (student, teacher) if model is not None], stages)
+    run = Run(student, teacher, data, stages, seed, eval_tokens, out, when=when, show=progress)
     run.command = command
     main = processes().is_main_process
     if out is not None:
         identity = {
             "stages": [stage.plain() for stage in stages],
             "seed": [seed, held_out, eval_tokens, processes().num_processes],
-            "data": fingerprint(data),
             "student": weights_digest(student),
             "teacher": None if teacher is None else weights_digest(teacher),
-            "vocabulary": len(tokenizer),
+            **data.identity(),
         }
         claim(out, identity, resume, overwrite)
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -240,7 +237,7 @@ def _run(
             run.log.close()
     summary = _summary(run)
     if out is not None and main:
-        save_result(student, tokenizer, out, summary)
+        save_result(student, data, out, summary)
     rows = run.log.rows
     return DistillResult(student, rows, run.state.tokens, run.state.cpu_seconds, run.state.done, out)
 
@@ -254,7 +251,7 @@ def _summary(run: Run) -> dict[str, Any]:
         **({} if device.type == "cpu" else {"gpu_seconds": round(wall, 3)}),
         "stages": run.state.done,
         "recipe": [stage.plain() for stage in run.stages],
-        "data": describe(run.train_documents),
+        "data": run.data.name,
         "seed": run.seed,
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()} {platform.system()}",
@@ -303,14 +300,3 @@ def _tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise DataError(f"tokenizer {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-
-
-def _check_tokenizer(tokenizer: Any, models: list[Any]) -> None:
-    if tokenizer is None:
-        raise DataError("no tokenizer comes with the model; give one, such as tokenizer=bytes for a vocabulary of 256")
-    for model in models:
-        if len(tokenizer) > model.config.vocab_size:
-            raise DataError(
-                f"the tokenizer has {len(tokenizer)} words and the model a vocabulary of {model.config.vocab_size}; "
-                "they do not fit"
-            )

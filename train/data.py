@@ -26,20 +26,22 @@ PIECE_CHARACTERS = 1 << 20  # longer documents are cut, so that a file of a giga
 
 
 class Batch(NamedTuple):
-    """input_ids_BL; targets_BL: the next token of the same document, or -100; segment_ids_BL or None (one a row).
+    """What a model reads and what it should answer; a batch of rows of text or of images.
 
-    mask_BL is False at padding, or None where there is none.
+    inputs: token ids (B, L), or pixels (B, channels, rows, columns). targets: of text (B, L), the next token of the
+    same document, or -100; of images (B,), labels. segment_ids (B, L), or None for one document a row. mask (B, L):
+    False at padding, or None where there is none.
     """
 
-    input_ids: Tensor
+    inputs: Tensor
     targets: Tensor
     segment_ids: Tensor | None
     mask: Tensor | None = None
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are, padding not counted."""
-        return self.input_ids.numel() if self.mask is None else int(self.mask.sum())
+        """How many tokens of text there are, padding not counted."""
+        return self.inputs.numel() if self.mask is None else int(self.mask.sum())
 
     def to(self, device: Any) -> Batch:
         """The same batch on a device."""

@@ -76,7 +76,7 @@ def embed_rows(
             count += 1
         batch = padded_batch([list(rows[i]) for i in order[done : done + count]], tokenizer).to(model.device)
         with autocast(model, dtype):
-            parts.append(model(batch.input_ids, attention_mask=batch.mask).pooler_output.double().cpu())
+            parts.append(model(batch.inputs, attention_mask=batch.mask).pooler_output.double().cpu())
         done += count
         if on_batch is not None:
             on_batch(done)

@@ -112,13 +112,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def save_result(student: Any, tokenizer: Any, out: Path, summary: dict[str, Any]) -> None:
+def save_result(student: Any, data: Any, out: Path, summary: dict[str, Any]) -> None:
     """The trained model as a loadable folder; `train.json` comes last and says that the rest is whole."""
     with full_disk_is_said(out):
         temporary = out / f"{TEMPORARY}model"
         shutil.rmtree(temporary, ignore_errors=True)
         save_quietly(student, temporary)
-        tokenizer.save_pretrained(temporary)
+        data.save(temporary)
         for file in temporary.iterdir():
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())

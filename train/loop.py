@@ -21,7 +21,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError, TrainingError
 from zoo.train.checkpoint import Checkpoint
-from zoo.train.data import Batch, PackedBatches, evaluation_batches
+from zoo.train.data import Batch
 from zoo.train.guards import Interrupted, LossWatch
 from zoo.train.progress import Bar
 from zoo.train.recipe import Stage
@@ -155,23 +155,23 @@ class StageLoop:
 
     def _prepare_data(self) -> None:
         run, stage = self.run_, self.stage
-        shape: dict[str, Any] = {"batch_size": stage.batch_size, "length": stage.length, "packing": stage.packing}
-        world = self.accelerator.num_processes
-        self.step_tokens = stage.batch_size * stage.length * stage.accumulate * world
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.row_tokens = run.data.row_tokens(stage)
+        self.step_tokens = stage.batch_size * self.row_tokens * stage.accumulate * world
         again = None
         if stage.epochs > 1:
-            again = max(1, math.ceil(stage.budget.amount / stage.epochs / (self.step_tokens / stage.accumulate)))
-        rank = self.accelerator.process_index
-        self.data = PackedBatches(
-            run.train_documents, run.tokenizer, seed=self.seed, rank=rank, world=world, restart_after=again, **shape
-        )
-        self.held: list[Batch] = []
-        if run.eval_tokens:
-            self.held = evaluation_batches(run.held_documents, run.tokenizer, tokens=run.eval_tokens, **shape)
+            again = max(1, math.ceil(self._budget() / stage.epochs / (self.step_tokens / stage.accumulate)))
+        self.data = run.data.stream(stage, seed=self.seed, rank=rank, world=world, restart_after=again)
+        self.held: list[Batch] = run.data.held_out(stage, run.eval_tokens) if run.eval_tokens else []
         self.cache = None
         if again is not None and stage.cache_teacher and stage.needs_teacher and run.out is not None:
             key = f"stage-{self.index}-rank-{rank}"
             self.cache = TeacherCache(run.out / "teacher_cache", key, again, stage.precision == "bf16")
+
+    def _budget(self) -> float:
+        """The stage's budget, with images as the tokens that they are."""
+        budget = self.stage.budget
+        return budget.amount * self.row_tokens if budget.unit == "images" else budget.amount
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -193,13 +193,13 @@ class StageLoop:
     def _share(self) -> float:
         """The part of the budget that is used."""
         self._tick()
-        budget = self.stage.budget
         used = {
             "tokens": self.state.stage_tokens,
+            "images": self.state.stage_tokens,
             "seconds": self.state.stage_seconds,
             "cpu_seconds": self.state.stage_cpu_seconds,
         }
-        return self._agree(used[budget.unit] / budget.amount)
+        return self._agree(used[self.stage.budget.unit] / self._budget())
 
     def _tick(self) -> None:
         cpu, wall = time.process_time(), time.monotonic()
@@ -224,8 +224,8 @@ class StageLoop:
         stage, state = self.stage, self.state
         # the rate at the middle of the step; with a budget in time the last step says how long a step is
         half = 0.5 * max(0.0, share - self._last_share)
-        if stage.budget.unit == "tokens":
-            half = 0.5 * self.step_tokens / stage.budget.amount
+        if stage.budget.unit in ("tokens", "images"):
+            half = 0.5 * self.step_tokens / self._budget()
         self._last_share = share
         factor = stage.schedule.factor(min(1.0, share + half))
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -257,7 +257,7 @@ class StageLoop:
         self._update_ema()
         state.step, state.stage_steps = state.step + 1, state.stage_steps + 1
         # Full rows need not be counted; a step of padded ones has at most `step_tokens`.
-        tokens = int(self._sum(tokens)) if stage.packing == "none" else self.step_tokens
+        tokens = self.step_tokens if self.run_.data.full_rows(stage) else int(self._sum(tokens))
         state.tokens, state.stage_tokens = state.tokens + tokens, state.stage_tokens + tokens
         self.loss = self._sum(self.loss) / self.accelerator.num_processes
         state.first_loss = self.loss if state.first_loss is None else state.first_loss
@@ -382,13 +382,17 @@ class StageLoop:
         if not self.held:
             return None
         self.student.eval()
-        total = 0.0
+        total, sums = 0.0, dict[str, float]()
         for batch in self.held:
             batch = batch.to(self.device)
-            total += float(self.module(batch, self.objective.teach(batch))[0])
+            loss, terms = self.module(batch, self.objective.teach(batch))
+            total += float(loss)
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(term) / len(self.held)
         _set_training(self.student, self.stage)
         loss = total / len(self.held)
         row = {"step": self.state.step, "stage": self.index, "kind": self.stage.kind, "held_out_loss": loss}
+        row |= {f"held_out_{name}": value for name, value in sums.items() if len(sums) > 1}
         if self.accelerator.is_main_process:
             self.run_.log.write(row)
         return loss

@@ -24,34 +24,38 @@ from zoo.errors import ConfigError, did_you_mean
 from zoo.yaml_files import Loader, load_yaml
 
 MAX_TOKENS = 1 << 50
+UNITS = ("tokens", "images", "seconds", "cpu_seconds")
 Kind = Literal["pretrain", "align", "distill", "finetune"]
 
 
 class Budget(Options):
-    """How long a stage runs: exactly one of tokens, seconds on the wall, seconds of CPU time (all processes)."""
+    """How long a stage runs: exactly one of tokens, images, seconds on the wall, seconds of CPU time (all processes).
+
+    An image is as many tokens as it has patches and special tokens.
+    """
 
     tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    images: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     seconds: float | None = Field(default=None, gt=0, le=1e9)
     cpu_seconds: float | None = Field(default=None, gt=0, le=1e9)
 
-    @field_validator("tokens", mode="before")
+    @field_validator("tokens", "images", mode="before")
     @classmethod
     def _whole(cls, value: Any) -> Any:
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        given = [name for name in ("tokens", "seconds", "cpu_seconds") if getattr(self, name) is not None]
+        given = [name for name in UNITS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"give exactly one of tokens, seconds and cpu_seconds, got {' and '.join(given) or 'none'}"
-            )
+            known = f"{', '.join(UNITS[:-1])} and {UNITS[-1]}"
+            raise ValueError(f"give exactly one of {known}, got {' and '.join(given) or 'none'}")
         return self
 
     @property
     def unit(self) -> str:
         """The name of the one that is set."""
-        return next(name for name in ("tokens", "seconds", "cpu_seconds") if getattr(self, name) is not None)
+        return next(name for name in UNITS if getattr(self, name) is not None)
 
     @property
     def amount(self) -> float:
@@ -89,9 +93,10 @@ class Schedule(Options):
 class LossWeights(Options):
     """Weights of the terms of a loss; a term of weight 0 is not computed.
 
-    kl: KL(teacher || student) at the stage's temperature, times its square. ce: cross-entropy of the next token.
-    hidden: relative squared error of each layer's output. mixer: relative squared error of each converted mixer.
-    embedding: 1 - cosine to the teacher's sentence embedding, for encoders of sentences.
+    kl: KL(teacher || student) at the stage's temperature, times its square. ce: cross-entropy of the next token, or of
+    an image's label. hidden: relative squared error of each layer's output. mixer: relative squared error of each
+    converted mixer. embedding: 1 - cosine to the teacher's sentence embedding, for encoders of sentences. hard:
+    cross-entropy of the class that the teacher finds the likeliest (DeiT's hard distillation), for classifiers.
     """
 
     kl: float = Field(default=0.0, ge=0, le=1e6)
@@ -99,12 +104,29 @@ class LossWeights(Options):
     hidden: float = Field(default=0.0, ge=0, le=1e6)
     mixer: float = Field(default=0.0, ge=0, le=1e6)
     embedding: float = Field(default=0.0, ge=0, le=1e6)
+    hard: float = Field(default=0.0, ge=0, le=1e6)
 
     @model_validator(mode="after")
     def _some(self) -> Self:
-        if not any((self.kl, self.ce, self.hidden, self.mixer, self.embedding)):
-            raise ValueError("every weight is 0, so there is nothing to learn; set kl, ce, hidden, mixer or embedding")
+        if not self.used:
+            raise ValueError(f"every weight is 0, so there is nothing to learn; set one of {', '.join(self.plain())}")
         return self
+
+    @property
+    def used(self) -> set[str]:
+        """The names of the terms that count."""
+        return {name for name, weight in self.plain().items() if weight}
+
+
+class Augment(Options):
+    """How images are varied in training: one random variation of each, anew each time.
+
+    crop: pixels that are added on every side (black) before a cut of the old size is taken anywhere. flip: whether
+    every other image is mirrored, left to right.
+    """
+
+    crop: int = Field(default=0, ge=0, le=1 << 12)
+    flip: bool = False
 
 
 DEFAULT_LOSS = {
@@ -148,6 +170,8 @@ class Stage(Options):
     seed: int | None = Field(default=None, ge=0, lt=1 << 31)
     epochs: int = Field(default=1, ge=1, le=10_000)
     cache_teacher: bool = True
+    augment: Augment = Augment()
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
     @field_validator("schedule", mode="before")
     @classmethod
@@ -163,16 +187,16 @@ class Stage(Options):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.epochs > 1 and self.budget.unit != "tokens":
-            raise ValueError(f"epochs={self.epochs} needs a budget in tokens, got one in {self.budget.unit}")
+        if self.epochs > 1 and self.budget.unit not in ("tokens", "images"):
+            raise ValueError(f"epochs={self.epochs} needs a budget in tokens or images, got one in {self.budget.unit}")
         if self.epochs > 1 and self.packing == "none":
             raise ValueError(f"epochs={self.epochs} counts full rows; it cannot be used with packing: none")
         loss = self.weights
         if loss.embedding and self.packing != "none":
             raise ValueError(f"loss.embedding is of a whole text, so packing must be none, not {self.packing}")
-        if self.kind == "align" and (loss.kl or loss.ce or loss.hidden or loss.embedding):
+        if self.kind == "align" and loss.used != {"mixer"}:
             raise ValueError("an align stage compares mixers only; its loss is {mixer: weight}")
-        if self.kind in ("pretrain", "finetune") and (loss.kl or loss.hidden or loss.mixer or loss.embedding):
+        if self.kind in ("pretrain", "finetune") and loss.used != {"ce"}:
             raise ValueError(f"a {self.kind} stage has no teacher; its loss is {{ce: weight}}")
         return self
 
@@ -214,7 +238,7 @@ class Recipe(Options):
     keep: str | int | list[int] = "sensitivity:1/5"
     calibrate: bool = True
     tokenizer: str | None = None  # a folder or Hub name, or "bytes"; None: the model's or teacher's own
-    data: str | list[str] | None = None
+    data: str | list[str] | None = None  # text (`zoo.text`), or images where the model reads them (`zoo.images`)
     held_out: float = Field(default=0.05, ge=0, lt=1)
     eval_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)  # held-out tokens scored at each checkpoint; 0: none
     stages: list[Stage] = Field(min_length=1, max_length=1000)

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.text import Documents
 from zoo.train.checkpoint import CheckpointFolder
 from zoo.train.guards import StopFlag
 from zoo.train.progress import RunLog
 from zoo.train.recipe import Checkpoints, Stage
+from zoo.train.sources import TrainingData
 
 
 @dataclass
@@ -43,9 +43,7 @@ class Run:
 
     student: Any
     teacher: Any
-    tokenizer: Any
-    train_documents: Documents
-    held_documents: Documents
+    data: TrainingData
     stages: list[Stage]
     seed: int = 0
     eval_tokens: int = 0

@@ -2,8 +2,8 @@
 
 align     each converted mixer on the teacher's own input to that layer: ||y - y_T||^2 / ||y_T||^2 (teacher forcing). No
           gradient goes from layer to layer.
-distill   end to end: KL to the teacher's distribution, cross-entropy, relative errors of layers and mixers, and for
-          sentence encoders the distance from the teacher's embedding.
+distill   end to end: what the task's head compares (`zoo.train.heads`: KL to the teacher's distribution, cross-entropy,
+          distance of sentence embeddings), and the relative errors of layers and mixers.
 finetune, pretrain    cross-entropy alone.
 
 A student with early exits trains them with these losses, or to follow its own last layer (`exits` of a stage).
@@ -26,22 +26,21 @@ from torch import Tensor, nn
 from zoo.errors import ConfigError, did_you_mean
 from zoo.ffn.base import ChannelMixer
 from zoo.models.backbone import ZooModel, ZooPreTrainedModel
-from zoo.models.heads import pool
 from zoo.train.data import Batch
-from zoo.train.losses import embedding_distance, head_loss, relative_error
+from zoo.train.heads import Guide, Head, check_terms, head_of
+from zoo.train.losses import relative_error
 from zoo.train.recipe import Stage
-
-Guide = dict[str, Tensor]
 
 
 def converted_layers(student: ZooPreTrainedModel, teacher: ZooPreTrainedModel | None) -> list[int]:
-    """The layers whose mixer is not the teacher's; without a teacher those that are not attention, or else all."""
-    if teacher is None:
+    """The layers whose mixer is not the teacher's.
+
+    Without a teacher, or with one of another depth, those that are not attention, or else all.
+    """
+    ours, theirs = student.config.layers, [] if teacher is None else teacher.config.layers
+    if len(ours) != len(theirs):
         names = student.config.mixer_names
         return [i for i, name in enumerate(names) if name != "attention"] or list(range(len(names)))
-    ours, theirs = student.config.layers, teacher.config.layers
-    if len(ours) != len(theirs):
-        raise ConfigError(f"the student has {len(ours)} layers and the teacher {len(theirs)}; a stage compares layers")
     return [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a["mixer"] != b["mixer"]]
 
 
@@ -107,23 +106,22 @@ def _fused(parts: list[dict[str, Any]]) -> bool:
 
 def check_stage(stage: Stage, student: ZooPreTrainedModel, teacher: ZooPreTrainedModel | None) -> None:
     """Raise ConfigError where the models have no such loss."""
-    weights, task = stage.weights, student.config.task
+    weights = stage.weights
     if stage.needs_teacher and teacher is None:
         raise ConfigError(f"a {stage.kind} stage needs a teacher; name one, or take a finetune or pretrain stage")
-    if weights.ce and task != "causal-lm":
-        raise ConfigError(f"loss.ce: next-token prediction needs a causal-lm, this model is a {task}")
-    if weights.kl and not hasattr(student, "lm_head"):
-        other = "embedding" if task == "sentence-embedding" else "hidden or loss.mixer"
-        raise ConfigError(f"loss.kl: a {task} has no distribution over words; use loss.{other}")
+    check_terms(weights, student, teacher)
     if stage.exits == "from_last" and getattr(student, "exits", None) is None:
         raise ConfigError("exits: this model has no early exits; zoo.models.early_exit.add_exits gives it some")
-    if weights.embedding and task != "sentence-embedding":
-        raise ConfigError(f"loss.embedding: this model is a {task}, which has no sentence embedding; use loss.hidden")
+    if teacher is not None and weights.used & {"hidden", "mixer"}:
+        depths = [len(model.config.layers) for model in (student, teacher)]
+        if depths[0] != depths[1]:
+            term = "hidden" if weights.hidden else "mixer"
+            raise ConfigError(f"loss.{term}: the student has {depths[0]} layers and the teacher {depths[1]}")
     sized = weights.hidden or weights.embedding
     if teacher is not None and sized and student.config.hidden_size != teacher.config.hidden_size:
         sizes = f"{student.config.hidden_size} and {teacher.config.hidden_size}"
         term = "hidden" if weights.hidden else "embedding"
-        raise ConfigError(f"loss.{term}: hidden sizes differ ({sizes}); only the kl and ce terms fit")
+        raise ConfigError(f"loss.{term}: hidden sizes differ ({sizes}); only terms of the head fit")
     limit = student.config.max_position_embeddings
     if student.config.positions == "learned" and stage.length > limit:
         raise ConfigError(f"length: {stage.length} is beyond the {limit} positions that the model has learned")
@@ -190,23 +188,26 @@ def watching(backbone: Any, layers: list[int], first: int = 0) -> Iterator[dict[
 
 def embed(backbone: ZooModel, batch: Batch) -> Tensor:
     """The input of the first block (B, L, D)."""
-    return backbone._embed(backbone.embed_tokens(batch.input_ids), batch.mask, None, batch.segment_ids, None)
+    return backbone._embed(backbone.embed(batch.inputs)[0], batch.mask, None, batch.segment_ids, None)
+
+
+def shared_inputs(backbone: ZooModel, batch: Batch) -> dict[str, Tensor]:
+    """What all layers may share in a pass over this batch, as it is before the first: the grid of images."""
+    return {} if backbone.patches is None else backbone.patches.grids(batch.inputs)
 
 
 @dataclass
 class Teaching:
     """The teacher's side of a stage: run it over a batch, get the tensors that the loss compares with.
 
-    converted: layers of which the mixers are compared. hidden: layers of which the outputs are. last, embedding:
-    whether the final state and the embedding of each row are needed. shared: leading layers that stand for the
-    student's as well.
+    converted: layers of which the mixers are compared. hidden: layers of which the outputs are. head: of the task,
+    where the end of the model is needed. shared: leading layers that stand for the student's as well.
     """
 
     teacher: Any
     converted: list[int] = field(default_factory=list)
     hidden: list[int] = field(default_factory=list)
-    last: bool = True
-    embedding: bool = False
+    head: Head | None = None
     shared: int = 0
     inputs: bool = False  # of the mixers, for align
 
@@ -214,9 +215,10 @@ class Teaching:
     def __call__(self, batch: Batch) -> Guide:
         backbone, out = self.teacher.model, {}
         x_BLD = embed(backbone, batch)
-        end = self.last or self.embedding
-        stop = len(backbone.layers) if end else 1 + max([*self.converted, *self.hidden, self.shared - 1, 0])
-        passed = backbone.first_shared(x_BLD)
+        stop = len(backbone.layers)
+        if self.head is None:
+            stop = 1 + max([*self.converted, *self.hidden, self.shared - 1, 0])
+        passed = shared_inputs(backbone, batch) | backbone.first_shared(x_BLD)
         with watching(backbone, self.converted) as seen:
             for i, block in enumerate(backbone.layers[:stop]):
                 x_BLD, _ = block(x_BLD, batch.mask, batch.segment_ids, None, passed)
@@ -225,23 +227,7 @@ class Teaching:
                 if i in self.hidden:
                     out[f"hidden.{i}"] = x_BLD
         out |= {name: t for name, t in seen.items() if self.inputs or name.startswith("mixer_out")}
-        if self.last:
-            out["last"] = finish(self.teacher, x_BLD)
-        if self.embedding:
-            out["embedding"] = embedding(self.teacher, x_BLD, batch.mask)
-        return out
-
-
-def finish(model: Any, x_BLD: Tensor) -> Tensor:
-    """From the last block's output to the state that the vocabulary is multiplied with."""
-    x_BLD = model.model.finish(x_BLD)
-    transform = getattr(model, "transform", None)
-    return x_BLD if transform is None else transform(x_BLD)
-
-
-def embedding(model: Any, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
-    """From the last block's output to one vector a row (B, D), of whatever length."""
-    return pool(finish(model, x_BLD), mask_BL, model.config.pooling)
+        return out if self.head is None else out | self.head.teach(x_BLD, batch)
 
 
 class Objective(nn.Module):
@@ -266,14 +252,14 @@ class Objective(nn.Module):
         self.exits = getattr(student, "exits", None) if stage.exits != "none" else None
         if self.exits is not None:  # which read what those layers give
             self.shared = min(self.shared, self.exits.options.layers[0])
+        self.head = head_of(stage, student, teacher)
         self.teaching = None
         if stage.needs_teacher:
             self.teaching = Teaching(
                 teacher,
                 converted=converted if weights.mixer else [],
                 hidden=self.hidden,
-                last=bool(weights.kl),
-                embedding=bool(weights.embedding),
+                head=self.head if self.head.taught else None,
                 shared=self.shared,
                 inputs=stage.kind == "align",
             )
@@ -299,10 +285,11 @@ class Objective(nn.Module):
             return self._align(batch, guide) if self.stage.kind == "align" else self._end_to_end(batch, guide)
 
     def _align(self, batch: Batch, guide: Guide) -> tuple[Tensor, dict[str, Tensor]]:
-        errors = []
+        errors, passed = [], shared_inputs(self.student.model, batch)
         for i in self.converted:
-            mixer = self.student.model.layers[i].mixer
-            y_BLD, _ = mixer(guide[f"mixer_in.{i}"], mask_BL=batch.mask, segments_BL=batch.segment_ids)
+            block = self.student.model.layers[i]
+            extra = {"shared": block.sees(passed)} if block.mixer.shares else {}
+            y_BLD, _ = block.mixer(guide[f"mixer_in.{i}"], mask_BL=batch.mask, segments_BL=batch.segment_ids, **extra)
             errors.append(relative_error(y_BLD, guide[f"mixer_out.{i}"], batch.mask))
         error = torch.stack(errors).mean()
         return self.stage.weights.mixer * error, {"mixer": error.detach()}
@@ -310,7 +297,7 @@ class Objective(nn.Module):
     def _end_to_end(self, batch: Batch, guide: Guide) -> tuple[Tensor, dict[str, Tensor]]:
         weights, backbone = self.stage.weights, self.student.model
         first_BLD = embed(backbone, batch) if self.shared == 0 or backbone.reads_embedding else guide["shared"]
-        passed = backbone.first_shared(first_BLD)
+        passed = shared_inputs(backbone, batch) | backbone.first_shared(first_BLD)
         x_BLD = guide["shared"] if self.shared else first_BLD
         hidden: list[Tensor] = []
         early: list[Tensor] = []  # what the exits read
@@ -325,12 +312,8 @@ class Objective(nn.Module):
                     early.append(self.exits.head(i, x_BLD, backbone.norm))
         loss = x_BLD.new_zeros((), dtype=torch.float32)
         terms: dict[str, Tensor] = {}
-        if weights.kl or weights.ce:
-            loss, terms = self._with_exits(finish(self.student, x_BLD), early, batch, guide)
-        if weights.embedding:
-            error = embedding_distance(embedding(self.student, x_BLD, batch.mask), guide["embedding"])
-            terms["embedding"] = error.detach()
-            loss = loss + weights.embedding * error
+        if self.head.wanted:
+            loss, terms = self.head.loss(self.student, x_BLD, batch, guide, early)
         if hidden:
             terms["hidden"] = (error := torch.stack(hidden).mean()).detach()
             loss = loss + weights.hidden * error
@@ -343,44 +326,6 @@ class Objective(nn.Module):
             terms["auxiliary"] = extra.detach()
             loss = loss + extra
         return loss, terms
-
-    def _with_exits(
-        self, last_BLD: Tensor, early: list[Tensor], batch: Batch, guide: Guide
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the last layer, and of the exits by the stage's `exits`, deeper ones counting more."""
-        loss, terms = self._head(last_BLD, batch, guide)
-        if self.exits is None or not early:
-            return loss, terms
-        *weights, end = self.exits.weights()
-        if self.stage.exits == "as_last":
-            losses = [self._head(h_BLD, batch, guide)[0] for h_BLD in early]
-        else:
-            head, end = self.student.lm_head, 1.0
-            weights = [weight / sum(weights) for weight in weights]
-            bias = None if head.bias is None else head.bias.detach()
-            teacher = (last_BLD.detach().flatten(0, 1), head.weight.detach(), bias)
-            losses = [self._distance(h_BLD, head, teacher, kl=1.0)[0] for h_BLD in early]
-        error = torch.stack([weight * x for weight, x in zip(weights, losses, strict=True)]).sum()
-        terms["exits"] = (error / sum(weights)).detach()
-        return end * loss + error, terms
-
-    def _head(self, x_BLD: Tensor, batch: Batch, guide: Guide) -> tuple[Tensor, dict[str, Tensor]]:
-        weights, head, teacher = self.stage.weights, self.student.lm_head, None
-        if weights.kl:
-            t_head = self.teacher.lm_head
-            teacher = (guide["last"].flatten(0, 1), t_head.weight, t_head.bias)
-        return self._distance(x_BLD, head, teacher, targets_N=batch.targets.flatten(), kl=weights.kl, ce=weights.ce)
-
-    def _distance(self, x_BLD: Tensor, head: Any, teacher: Any, **terms: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return head_loss(
-            x_BLD.flatten(0, 1),
-            head.weight,
-            head.bias,
-            teacher=teacher,
-            temperature=self.stage.temperature,
-            dtype=torch.bfloat16 if self.stage.precision == "bf16" else None,
-            **terms,
-        )
 
 
 def first_non_finite(objective: Objective, batch: Batch, guide: Guide) -> str:

@@ -179,6 +179,8 @@ class ImageOptions(Options):
     `hidden_size` is the width of the first stage.
     interpolation: how learned positions are resized for other images than `image_size`: as transformers does it, with
     antialiasing as timm does it, or None: other sizes are refused.
+    stem: channels between convolutions that stand for the one projection of patches, each halving the sides (CCT).
+    mean, std: of each channel's values between 0 and 1: the model reads (x - mean) / std. Empty: it reads x.
     """
 
     image_size: int = Field(224, ge=1, le=1 << 14)
@@ -190,9 +192,18 @@ class ImageOptions(Options):
     positions: bool = True
     interpolation: Literal["bicubic", "bicubic_antialias"] | None = "bicubic"
     stages: list[Annotated[int, Field(ge=1, le=MAX_LAYERS)]] | None = Field(None, min_length=1, max_length=8)
+    stem: list[Annotated[int, Field(ge=1, le=1 << 14)]] | None = Field(None, max_length=8)
+    mean: list[float] = Field(default_factory=list)
+    std: list[Annotated[float, Field(gt=0)]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.stem is not None and self.patch_size != 2 << len(self.stem):
+            halved = f"{len(self.stem) + 1} convolutions make patches of {2 << len(self.stem)} pixels"
+            raise ValueError(f"stem: {halved}, so patch_size cannot be {self.patch_size}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != (self.channels if self.mean or self.std else 0):
+                raise ValueError(f"{name}: give mean and std together, {self.channels} numbers each (one a channel)")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size ({self.image_size}) is not a multiple of patch_size ({self.patch_size})")
         if self.grid % self.merged:

@@ -175,3 +175,23 @@ def test_initial_weights():
     assert not patches.projection.bias.any()
     for tokens in (patches.position_table, patches.class_token, patches.distillation_token):
         assert tokens.std().item() == pytest.approx(0.02, rel=0.15)
+
+
+def test_a_stem_is_its_convolutions(make):
+    model = make("vit-tiny", image={"image_size": 16, "patch_size": 8, "stem": [6, 5]})
+    x_BCHW = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    convs = [m.weight for m in model.model.patches.projection if isinstance(m, torch.nn.Conv2d)]
+    assert [tuple(w.shape) for w in convs] == [(6, 3, 3, 3), (5, 6, 3, 3), (64, 5, 3, 3)]
+    y = x_BCHW
+    for weight in convs:
+        y = torch.nn.functional.max_pool2d(torch.nn.functional.conv2d(y, weight, padding=1).relu(), 3, 2, 1)
+    sequence, shared = model.model.embed(x_BCHW)
+    assert shared["grid_RC"].shape == (2, 3)
+    patches = model.model.patches
+    expected = y.flatten(2).mT + patches.positions(2, 3)[:, 1:]
+    torch.testing.assert_close(sequence[:, 1:], expected, **CLOSE)
+    fresh = zoo.create_model("vit-tiny", image={"image_size": 32, "patch_size": 4, "stem": [64]}, hidden_size=128)
+    last = fresh.model.patches.projection[3].weight
+    assert float(last.detach().std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+    with pytest.raises(ConfigError, match=r"stem: 2 convolutions make patches of 4 pixels, so patch_size cannot be 8"):
+        zoo.create_model("vit-tiny", image={"image_size": 16, "patch_size": 8, "stem": [6]})

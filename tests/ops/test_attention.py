@@ -144,3 +144,19 @@ def test_compiles_without_breaks():
     ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)
     for options in ({}, {"mask_BS": mask, "segments_BS": ids, "window": 3}):
         torch.testing.assert_close(compiled(*tensors, **options), attention(*tensors, **options))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_short_rows_train_in_float32_on_a_cpu(autocast):
+    """The result is bf16, but rounded once at the end; long rows and inference go the usual way."""
+    parts = [torch.randn(2, 2, 20, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    low = [x.bfloat16().requires_grad_() for x in parts]
+    exact = [x.detach().float().requires_grad_() for x in low]
+    given = exact if autocast else low
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = attention(*given, causal=True)
+    expected = attention(*(x.detach().requires_grad_() for x in exact), causal=True)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected.bfloat16())
+    y.float().square().sum().backward()
+    assert all(x.grad.isfinite().all() and x.grad.dtype == x.dtype for x in given)

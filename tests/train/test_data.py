@@ -21,15 +21,15 @@ def test_one_pass_holds_every_document_once():
     total = sum(len(t) + 1 for t in TEXTS)
     batches = stream(batch_size=1, length=total)
     first, second = next(batches), next(batches)
-    assert sorted(bytes(first.input_ids[0].tolist()).decode().split("\0")[:-1]) == sorted(TEXTS)
-    assert first.input_ids[0].tolist() != second.input_ids[0].tolist()
-    assert sorted(first.input_ids[0].tolist()) == sorted(second.input_ids[0].tolist())
+    assert sorted(bytes(first.inputs[0].tolist()).decode().split("\0")[:-1]) == sorted(TEXTS)
+    assert first.inputs[0].tolist() != second.inputs[0].tolist()
+    assert sorted(first.inputs[0].tolist()) == sorted(second.inputs[0].tolist())
 
 
 def test_segments_and_targets_end_at_documents():
     for _, batch in zip(range(20), stream(), strict=False):
         segments_BL = torch.ones(2, 16) if batch.segment_ids is None else batch.segment_ids
-        for ids, targets, segments in zip(batch.input_ids, batch.targets, segments_BL, strict=True):
+        for ids, targets, segments in zip(batch.inputs, batch.targets, segments_BL, strict=True):
             ends = [i for i, token in enumerate(ids.tolist()) if token == 0]
             for i in range(15):
                 same = i not in ends
@@ -41,7 +41,7 @@ def test_segments_and_targets_end_at_documents():
 def test_joined_rows_have_no_segments():
     batch = next(stream(packing="joined"))
     assert batch.segment_ids is None
-    assert torch.equal(batch.targets[:, :-1], batch.input_ids[:, 1:])
+    assert torch.equal(batch.targets[:, :-1], batch.inputs[:, 1:])
 
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 23, 60])
@@ -53,7 +53,7 @@ def test_resume_is_exact(monkeypatch, stop):
     two.load_state_dict(one.state_dict())
     for _ in range(30):
         a, b = next(one), next(two)
-        assert torch.equal(a.input_ids, b.input_ids)
+        assert torch.equal(a.inputs, b.inputs)
         assert torch.equal(a.targets, b.targets)
 
 
@@ -63,12 +63,12 @@ def test_without_packing_a_row_is_a_document(monkeypatch):
     rows = []
     for _ in range(20):
         batch = next(batches)
-        mask_BL = torch.ones_like(batch.input_ids).bool() if batch.mask is None else batch.mask
+        mask_BL = torch.ones_like(batch.inputs).bool() if batch.mask is None else batch.mask
         assert batch.tokens == int(mask_BL.sum())
         assert bool(mask_BL.any(0).all())  # no wider than the longest
-        rows += [ids[mask].tolist() for ids, mask in zip(batch.input_ids, mask_BL, strict=True)]
+        rows += [ids[mask].tolist() for ids, mask in zip(batch.inputs, mask_BL, strict=True)]
         inside_BL = mask_BL[:, 1:]
-        assert torch.equal(batch.targets[:, :-1][inside_BL], batch.input_ids[:, 1:][inside_BL])
+        assert torch.equal(batch.targets[:, :-1][inside_BL], batch.inputs[:, 1:][inside_BL])
         assert bool((batch.targets[:, :-1][~inside_BL] == -100).all())
     whole = [[*text.encode(), 0] for text in TEXTS]
     assert sorted(rows) == sorted(row if len(row) <= 16 else [*row[:15], 0] for row in whole)
@@ -80,7 +80,7 @@ def test_without_packing_batches_have_rows_of_about_one_length(monkeypatch):
         monkeypatch.setattr(data, "BATCHES_AT_ONCE", at_once)
         batches = stream(packing="none", batch_size=3, length=32)
         taken = [next(batches) for _ in range(20)]
-        widths.append(sum(batch.input_ids.numel() for batch in taken) / sum(batch.tokens for batch in taken))
+        widths.append(sum(batch.inputs.numel() for batch in taken) / sum(batch.tokens for batch in taken))
     assert widths[1] < 1.1 < widths[0]
 
 
@@ -94,13 +94,13 @@ def test_resume_without_packing_is_exact(monkeypatch, stop):
     two.load_state_dict(one.state_dict())
     for _ in range(40):
         a, b = next(one), next(two)
-        assert torch.equal(a.input_ids, b.input_ids)
+        assert torch.equal(a.inputs, b.inputs)
         assert (a.mask is None) == (b.mask is None)
 
 
 def test_restart_gives_the_same_batches_again():
     batches = stream(restart_after=3)
-    ids = [next(batches).input_ids for _ in range(9)]
+    ids = [next(batches).inputs for _ in range(9)]
     assert torch.equal(ids[0], ids[3])
     assert torch.equal(ids[2], ids[8])
     assert not torch.equal(ids[0], ids[1])
@@ -109,7 +109,7 @@ def test_restart_gives_the_same_batches_again():
 def test_ranks_share_a_batch_without_overlap():
     whole = next(stream(batch_size=4))
     parts = [next(stream(batch_size=2, rank=r, world=2)) for r in range(2)]
-    assert torch.equal(whole.input_ids, torch.cat([p.input_ids for p in parts]))
+    assert torch.equal(whole.inputs, torch.cat([p.inputs for p in parts]))
     whole = next(stream(batch_size=4, packing="none"))
     parts = [next(stream(batch_size=2, packing="none", rank=r, world=2)) for r in range(2)]
     assert whole.tokens == sum(part.tokens for part in parts)

@@ -24,7 +24,7 @@ def batch():
 
 def logits_of_all(model, batch):
     """After layers 0 and 1, and at the end."""
-    out = model.model(batch.input_ids, segment_ids=batch.segment_ids, output_hidden_states=True, use_cache=False)
+    out = model.model(batch.inputs, segment_ids=batch.segment_ids, output_hidden_states=True, use_cache=False)
     early = [model.exits.norms[str(i)](out.hidden_states[i + 1]) for i in (0, 1)]
     return [model.lm_head(h) for h in (*early, out.last_hidden_state)]
 
@@ -41,7 +41,7 @@ def test_exits_learn_as_the_last_layer(batch):
     choose_parameters(student, stage, converted_layers(student, teacher))
     objective = Objective(student, teacher.requires_grad_(False), stage, [1, 2])
     loss, terms = objective(batch, objective.teach(batch))
-    target = teacher(batch.input_ids, segment_ids=batch.segment_ids, use_cache=False).logits
+    target = teacher(batch.inputs, segment_ids=batch.segment_ids, use_cache=False).logits
     every = [
         0.6 * kl(target, x) + 0.4 * F.cross_entropy(x.flatten(0, 1), batch.targets.flatten())
         for x in logits_of_all(student, batch)
@@ -115,7 +115,7 @@ def test_a_model_that_reads_a_memory_trains_as_it_is(batch):
     """A stage runs the blocks itself: the word vectors go along."""
     student = zoo.create_model("zamba2-tiny")
     loss, _ = Objective(student, None, make_stage("pretrain"), [])(batch, {})
-    logits = student(batch.input_ids, segment_ids=batch.segment_ids, use_cache=False).logits
+    logits = student(batch.inputs, segment_ids=batch.segment_ids, use_cache=False).logits
     torch.testing.assert_close(
         loss, F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()), rtol=1e-5, atol=1e-6
     )

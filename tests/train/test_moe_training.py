@@ -38,7 +38,7 @@ def test_a_stage_trains_on_the_auxiliary_loss(checkpointed):
     loss.backward()
     got = {n: p.grad.clone() for n, p in student.named_parameters()}
     student.zero_grad()
-    out = student(batch.input_ids, segment_ids=batch.segment_ids)
+    out = student(batch.inputs, segment_ids=batch.segment_ids)
     ce = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), batch.targets.flatten())
     (ce + student.model.auxiliary_loss()).backward()
     for name, p in student.named_parameters():

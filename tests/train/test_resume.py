@@ -16,7 +16,7 @@ import json, os, random, signal, sys, warnings
 import torch
 torch.set_num_threads(1)
 import zoo
-from tiny_runs import TOKENIZER, make_student, make_teacher, make_texts
+import tiny_images, tiny_runs
 from zoo.train import checkpoint, folder, loop, recipe
 import zoo.train.api
 
@@ -26,6 +26,22 @@ STAGES = [
      "train": "all", "accumulate": 2},
     {"kind": "finetune", "budget": {"tokens": 32 * 7}, "length": 16, "lr": 1e-3, "precision": "fp32"},
 ]
+
+IMAGES = {"batch_size": 4, "lr": 1e-3, "augment": {"crop": 2, "flip": True}}
+IMAGE_STAGES = [
+    {"kind": "align", "budget": {"images": 4 * 7}, **IMAGES},
+    {"kind": "distill", "budget": {"images": 4 * 12}, "epochs": 2, "ema": 0.5, "train": "all", "accumulate": 2,
+     "loss": {"kl": 1.0, "mixer": 1.0}, **IMAGES},
+    {"kind": "finetune", "budget": {"images": 4 * 7}, "label_smoothing": 0.1, "precision": "fp32", **IMAGES},
+]
+
+def text():
+    teacher = tiny_runs.make_teacher(embedding_dropout=0.1)
+    return tiny_runs.make_student(teacher), teacher, tiny_runs.make_texts(), tiny_runs.TOKENIZER, STAGES
+
+def images():
+    teacher = tiny_images.make_classifier(embedding_dropout=0.1)
+    return tiny_images.make_scan_student(teacher), teacher, tiny_images.make_images(30), None, IMAGE_STAGES
 
 def run(out, kill_at):
     count = 0
@@ -46,9 +62,9 @@ def run(out, kill_at):
             watched(owner, name)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    teacher = make_teacher(embedding_dropout=0.1)
+    student, teacher, data, tokenizer, stages = {"text": text, "images": images}[sys.argv[5]]()
     random.seed(1)
-    zoo.distill(make_student(teacher), teacher, data=make_texts(), tokenizer=TOKENIZER, stages=STAGES, out=out,
+    zoo.distill(student, teacher, data=data, tokenizer=tokenizer, stages=stages, out=out,
                 checkpoints=recipe.Checkpoints(every_steps=2, keep=2), progress=False, eval_tokens=32)
     with open(out + ".events", "w") as file:
         file.write(str(count))
@@ -84,11 +100,14 @@ def rows(folder):
     return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_anywhere_the_run_ends_with_the_same_bits(tmp_path, seed):
+@pytest.mark.parametrize(
+    ("kind", "seed"),
+    [("text", 0), ("images", 0), *(pytest.param(k, 1, marks=pytest.mark.slow) for k in ("text", "images"))],
+)
+def test_killed_anywhere_the_run_ends_with_the_same_bits(tmp_path, kind, seed):
     whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", DRIVER, whole, killed, str(seed), "9"]
+    command = [sys.executable, "-c", DRIVER, whole, killed, str(seed), "9" if kind == "text" else "4", kind]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])

@@ -50,7 +50,7 @@ def test_distill_is_kl_and_cross_entropy_of_the_whole_models(pair, batch):
     objective = make_objective(student, teacher, make_stage(loss={"kl": 0.7, "ce": 0.3}, temperature=2.0))
     assert objective.shared == 1
     loss, terms = objective(batch, objective.teach(batch))
-    s, t = (m(batch.input_ids, segment_ids=batch.segment_ids, use_cache=False).logits for m in (student, teacher))
+    s, t = (m(batch.inputs, segment_ids=batch.segment_ids, use_cache=False).logits for m in (student, teacher))
     kl = F.kl_div(F.log_softmax(s / 2, -1), F.log_softmax(t / 2, -1), log_target=True, reduction="none").sum(-1).mean()
     ce = F.cross_entropy(s.flatten(0, 1), batch.targets.flatten())
     torch.testing.assert_close(loss, 0.7 * 4 * kl + 0.3 * ce, rtol=1e-5, atol=1e-6)
@@ -91,7 +91,7 @@ def test_align_is_each_mixer_on_the_teachers_input(pair, batch):
     objective = make_objective(student, teacher, make_stage("align"))
     loss, _ = objective(batch, objective.teach(batch))
     hidden = teacher.model(
-        batch.input_ids, segment_ids=batch.segment_ids, use_cache=False, output_hidden_states=True
+        batch.inputs, segment_ids=batch.segment_ids, use_cache=False, output_hidden_states=True
     ).hidden_states
     errors = []
     for i in (1, 2):
@@ -113,7 +113,7 @@ def test_hidden_term_is_each_layers_relative_error(pair, batch):
     for model in pair:
         for i in (1, 2):
             model.model.layers[i].register_forward_hook(lambda m, a, out: outs.append(out[0]))
-        model(batch.input_ids, segment_ids=batch.segment_ids, use_cache=False)
+        model(batch.inputs, segment_ids=batch.segment_ids, use_cache=False)
     want = (relative_error(outs[0], outs[2]) + relative_error(outs[1], outs[3])) / 2
     torch.testing.assert_close(loss, 2 * want)
     torch.testing.assert_close(terms["hidden"], want.detach())
@@ -149,7 +149,7 @@ def encoders():
 def test_sentences_are_compared_as_each_is_alone(encoders):
     student, teacher = encoders
     batch = padded_batch([list(range(1, 1 + n)) for n in (24, 9, 1, 17)], TOKENIZER)
-    rows = [ids[mask][None] for ids, mask in zip(batch.input_ids, batch.mask, strict=True)]
+    rows = [ids[mask][None] for ids, mask in zip(batch.inputs, batch.mask, strict=True)]
     assert [row.shape[1] for row in rows] == [24, 9, 1, 17]
     weights = {"embedding": 2.0, "hidden": 0.5, "mixer": 0.25}
     objective = make_objective(student, teacher, make_stage(packing="none", loss=weights))
@@ -182,7 +182,7 @@ def test_sentences_are_compared_as_each_is_alone(encoders):
         torch.testing.assert_close(loss, 2 * terms["embedding"] + 0.5 * terms["hidden"] + 0.25 * terms["mixer"])
     align = make_objective(student, teacher, make_stage("align", packing="none"))
     aligned, _ = align(batch, align.teach(batch))
-    longer = [F.pad(x, (0, 3), value=v) for x, v in ((batch.input_ids, 7), (batch.targets, -100))]
+    longer = [F.pad(x, (0, 3), value=v) for x, v in ((batch.inputs, 7), (batch.targets, -100))]
     padded = Batch(*longer, None, F.pad(batch.mask, (0, 3)))
     torch.testing.assert_close(align(padded, align.teach(padded))[0], aligned)
 
@@ -228,8 +228,10 @@ def test_wrong_stages_are_refused(pair):
         choose_parameters(make_student(teacher, layers=()), make_stage(), [])
     with pytest.raises(ConfigError, match="needs a teacher"):
         check_stage(make_stage(), student, None)
-    with pytest.raises(ConfigError, match="3 layers and the teacher 2"):
-        converted_layers(student, make_teacher(layers=2))
+    with pytest.raises(ConfigError, match=r"loss\.mixer: the student has 3 layers and the teacher 2"):
+        check_stage(make_stage(kind="align"), student, make_teacher(layers=2))
+    check_stage(make_stage(), student, make_teacher(layers=2))  # KL alone needs no layer to correspond
+    assert converted_layers(student, make_teacher(layers=2)) == [1, 2]
     learned = make_teacher(positions="learned", max_position_embeddings=16)
     with pytest.raises(ConfigError, match="beyond the 16 positions"):
         check_stage(make_stage(), learned, learned)

@@ -26,7 +26,9 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.options = options
         size = options.patch_size
-        self.projection = nn.Conv2d(options.channels, width, kernel_size=size, stride=size)
+        self.projection: nn.Module = nn.Conv2d(options.channels, width, kernel_size=size, stride=size)
+        if options.stem is not None:
+            self.projection = ConvolutionalStem([options.channels, *options.stem, width])
         if options.class_token:
             self.class_token = nn.Parameter(torch.empty(1, 1, width))
         if options.distillation_token:
@@ -38,7 +40,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """The sequence. Raises ValueError for other channels or sizes than the config allows."""
         rows, columns = self.grid_size(pixel_values)
-        x_BDRC = self.projection(pixel_values.to(self.projection.weight.dtype))
+        x_BDRC = self.projection(pixel_values.to(next(self.projection.parameters()).dtype))
         parts = [x_BDRC.flatten(2).mT]
         for name in ("distillation_token", "class_token"):
             if hasattr(self, name):
@@ -89,14 +91,33 @@ class PatchEmbedding(nn.Module):
         return torch.cat([self.position_table[:, : o.prefix], resized_1LD], 1)
 
     def reset_parameters(self, std: float) -> None:
-        """Tokens and positions normal, as in DeiT; the projection scaled by what it sums, as in ViT's own code."""
-        weight = self.projection.weight
-        init.normal_(weight, std=weight[0].numel() ** -0.5)
-        if self.projection.bias is not None:
-            init.zeros_(self.projection.bias)
+        """Tokens and positions normal, as in DeiT; the projection scaled by what it sums, as in ViT's own code.
+
+        A stem's convolutions are scaled for the ReLU behind them (He et al. 2015, arXiv 1502.01852), as in CCT's code.
+        """
+        for conv in (m for m in self.projection.modules() if isinstance(m, nn.Conv2d)):
+            gain = 1.0 if self.options.stem is None else 2.0**0.5
+            init.normal_(conv.weight, std=gain * conv.weight[0].numel() ** -0.5)
+            if conv.bias is not None:
+                init.zeros_(conv.bias)
         for name in ("class_token", "distillation_token", "position_table"):
             if hasattr(self, name):
                 init.normal_(getattr(self, name), std=std)
+
+
+class ConvolutionalStem(nn.Sequential):
+    """Patches by convolutions that overlap: 3 x 3, ReLU and 3 x 3 maxima two apart, as often as channels change.
+
+    The tokenizer of the compact convolutional transformer for small images (CCT, Hassani et al. 2021, arXiv
+    2104.05704), which learns from little data what a projection of patches learns from much. Each step halves the
+    sides.
+    """
+
+    def __init__(self, channels: list[int]) -> None:
+        parts: list[nn.Module] = []
+        for before, behind in itertools.pairwise(channels):
+            parts += [nn.Conv2d(before, behind, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)]
+        super().__init__(*parts)
 
 
 def stage_of(options: ImageOptions, layer: int) -> tuple[int, bool]:
