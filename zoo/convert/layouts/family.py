@@ -64,6 +64,10 @@ class Family(ABC):
     def entries(self, config: ZooConfig) -> Iterator[Entry]:
         """Their tensors and ours, for a model of our config; the same list reads and writes."""
 
+    def entries_of(self, config: ZooConfig, checkpoint: Checkpoint) -> Iterator[Entry]:
+        """The entries of a checkpoint at hand, where files of the family are stored in more than one way."""
+        return self.entries(config)
+
     def config(self, config: ZooConfig) -> dict[str, Any]:
         """Their config of a model of ours. Raises ExportError with the reason where there is none.
 

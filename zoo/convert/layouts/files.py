@@ -206,15 +206,19 @@ class Checkpoint:
         if self._open is None or self._open[0] != path:  # one shard at a time
             self.close()
             self._open = path, (self._reader or tensor_file)(path)
-        return self._open[1].get(self._stored.get(name, name))
+        return self._open[1].get(self.stored_name(name))
+
+    def stored_name(self, name: str) -> str:
+        """What the file itself calls a tensor."""
+        return self._stored.get(name, name)
 
     def renamed(self, names: dict[str, str]) -> Checkpoint:
         """The same files with some tensors under other names. Raises CheckpointError where two would have one name."""
         found = Checkpoint(self.path, self.config, metadata=self.metadata, _reader=self._reader)
         for old in self.shapes:
-            new, stored = names.get(old, old), self._stored.get(old, old)
+            new, stored = names.get(old, old), self.stored_name(old)
             if new in found.shapes:
-                raise CheckpointError(f"{self.path}: {stored} and {found._stored.get(new, new)} are both {new}")
+                raise CheckpointError(f"{self.path}: {stored} and {found.stored_name(new)} are both {new}")
             found.shapes[new], found._files[new] = self.shapes[old], self._files[old]
             if new != stored:
                 found._stored[new] = stored

@@ -52,7 +52,7 @@ def load_entries(
     model = meta_model(config)
     needed = needed_tensors(model)
     checkpoint = in_todays_names(family, config, checkpoint)
-    entries = [e for e in family.entries(config) if _wanted(e, needed, checkpoint)]
+    entries = [e for e in family.entries_of(config, checkpoint) if _wanted(e, needed, checkpoint)]
     _check(family, config, entries, needed, checkpoint)
     stored = _stored_dtype(entries, checkpoint) if dtype is None else dtype
     model.config.dtype = stored
@@ -87,7 +87,8 @@ def _check(
             if name not in checkpoint.shapes:
                 raise CheckpointError(f"{path}: {name} is missing ({family.layout} layout of {family.name})")
             if checkpoint.shapes[name] != expected:
-                raise CheckpointError(f"{path}: {name} is {checkpoint.shapes[name]}, expected {expected}")
+                called = checkpoint.stored_name(name)
+                raise CheckpointError(f"{path}: {called} is {checkpoint.shapes[name]}, expected {expected}")
         read.update(entry.theirs)
         filled.update(entry.ours)
     ignored = family.ignored(config)
@@ -95,7 +96,7 @@ def _check(
     surplus = [n for n in others if not ignored or not n.endswith(ignored)]
     if surplus:
         raise CheckpointError(f"{path}: {min(surplus)} has no place in {family.name} ({family.layout} layout)")
-    left = {n for e in family.entries(config) if e.optional for n in e.ours}
+    left = {n for e in family.entries_of(config, checkpoint) if e.optional for n in e.ours}
     if empty := sorted(needed.keys() - filled - left):
         raise CheckpointError(f"{path}: nothing in the {family.layout} layout of {family.name} fills {empty[0]}")
 

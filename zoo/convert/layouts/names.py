@@ -31,7 +31,7 @@ def in_todays_names(family: Family, config: ZooConfig, checkpoint: Checkpoint) -
     Raises CheckpointError where two tensors of a file are the same one under an older and a newer name.
     """
     aliases = family.aliases(config)
-    places = {name for entry in family.entries(config) for name in entry.theirs} | set(aliases)
+    places = {name for entry in family.entries_of(config, checkpoint) for name in entry.theirs} | set(aliases)
     names = {name: _today(name, places, family) for name in checkpoint.shapes if name not in places}
     names = {old: new for old, new in names.items() if new != old}
     if names:
