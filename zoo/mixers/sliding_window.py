@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from zoo import ops
+from zoo.mixers.attention import AttentionConfig
 from zoo.mixers.base import Traits
 from zoo.mixers.qkv import Inputs, QKVMixer, QKVOptions
 from zoo.ops.padding import right_align, take
@@ -31,6 +32,14 @@ class SlidingWindowConfig(QKVOptions):
     name: Literal["sliding_window"] = "sliding_window"
     window: int = Field(64, ge=1, le=1 << 24)
     sinks: int = Field(4, ge=0, le=1024)
+
+    def resolved(self, width: int) -> Any:
+        """Without sinks the options of `attention` with this window, which computes the same from the same weights."""
+        found = super().resolved(width)
+        if self.sinks or not self.causal:
+            return found
+        shared = {key: getattr(found, key) for key in QKVOptions.model_fields if key != "name"}
+        return AttentionConfig(**shared, window=self.window)
 
 
 @dataclass(frozen=True)

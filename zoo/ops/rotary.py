@@ -164,6 +164,20 @@ class RotaryConfig(_Strict):
             scaling = _SCALINGS[rope_type](**_filled(rope_type, parameters, config))
         return cls(theta=theta, dim=None if dim == head_dim else dim, scaling=scaling, interleaved=interleaved)
 
+    def to_transformers(self, head_dim: int) -> dict[str, Any]:
+        """The `rope_parameters` of a transformers config, for heads of size `head_dim`; inverse of `from_transformers`.
+
+        "dynamic" is measured against the config's `max_position_embeddings`, which must be the original length.
+        """
+        found: dict[str, Any] = {"rope_type": "default", "rope_theta": self.theta}
+        if self.dim is not None and self.dim != head_dim:
+            found["partial_rotary_factor"] = self.dim / head_dim
+        if self.scaling is not None:
+            found |= self.scaling.model_dump(mode="json", exclude_none=True)
+        if isinstance(self.scaling, DynamicScaling):
+            del found["original_max_position_embeddings"]
+        return found
+
 
 def _filled(rope_type: str, parameters: dict[str, Any], config: Any) -> dict[str, Any]:
     """The parameters of a scaling, with what transformers takes from elsewhere in a model's config."""

@@ -158,6 +158,7 @@ def family_for(config: ZooConfig, layout: str) -> tuple[Family, dict[str, Any]]:
             reasons.append(f"{family.name}: {error}")
     others = sorted({f.layout for f in families() if f.layout != layout and _can(f, config)})
     mixers = ", ".join(sorted(set(config.mixer_names)))
+    reasons.sort(key=lambda reason: not reason.startswith(f"{config.origin.get('family')}: "))
     near = [r for r in reasons if "has no" not in r] or [f"nothing there has layers of {mixers}"]
     hint = f"; layouts that can: {', '.join(others)}" if others else "; no other layout can either, keep it as it is"
     raise ExportError(f"layout {layout!r} cannot express this model ({'; '.join(near[:3])}){hint}")

@@ -9,18 +9,18 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from zoo.config import ZooConfig
-from zoo.convert.layouts.family import Family, register_family_source
+from zoo.convert.layouts.family import Family, difference, register_family_source
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mapping import Entry, same
 from zoo.convert.layouts.names import LAYER_NORM, class_of
 from zoo.convert.teachers import adapter as adapters
 from zoo.convert.teachers.adapter import Packed, TeacherAdapter, as_packed
-from zoo.errors import ExportError
 
 _PRETRAINING = ("cls.seq_relationship", "sop_classifier")
 
@@ -59,10 +59,11 @@ _FILES = {
 
 
 class AdapterFamily(Family):
-    """One teacher adapter as a family. Written is what an adapter can say: the class that the model came from."""
+    """One teacher adapter as a family. Written is the class that the model came from, where it is still that, or what
+    the adapter describes."""
 
     layout = "transformers"
-    mixers = ("attention", "mla", "mobile_bert", "shifted_window")
+    mixers = ("attention", "mla", "mobile_bert", "shifted_window", "sliding_window")
 
     def __init__(self, adapter: TeacherAdapter) -> None:
         self.adapter = adapter
@@ -113,8 +114,8 @@ class AdapterFamily(Family):
         return name
 
     def _original(self, config: ZooConfig) -> tuple[Any, str]:
-        values = {"model_type": self.adapter.model_types[0], **config.origin["config"]}
-        return self.adapter.config(values), config.origin["architecture"]
+        values = dict(self.config(config))
+        return self.adapter.config(values), values["architectures"][0]
 
     def aliases(self, config: ZooConfig) -> dict[str, str]:
         original, architecture = self._original(config)
@@ -142,10 +143,13 @@ class AdapterFamily(Family):
 
     def config(self, config: ZooConfig) -> dict[str, Any]:
         origin = config.origin
-        if origin.get("architecture") not in self.adapter.architectures:
-            raise ExportError("has no such class to write back to: the model did not come from it")
-        kind = {"model_type": self.adapter.model_types[0]}
-        return {**kind, **origin["config"], "architectures": [origin["architecture"]]}
+        if origin.get("architecture") in self.adapter.architectures:
+            kind = {"model_type": self.adapter.model_types[0]}
+            values = {**kind, **origin["config"], "architectures": [origin["architecture"]]}
+            again = {**self.fields(Checkpoint(Path(self.name), values)), "origin": {}}
+            if difference(config, ZooConfig(**again)) is None:
+                return values
+        return self.adapter.describe(config)
 
 
 def _unpack(packed: Packed, tensors: list[Tensor]) -> list[Tensor]:

@@ -25,7 +25,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoConfig
 
-from zoo.errors import ConfigError, ConversionError, did_you_mean
+from zoo.config import ZooConfig
+from zoo.errors import ConfigError, ConversionError, ExportError, did_you_mean
 from zoo.ops.rotary import RotaryConfig
 
 
@@ -101,6 +102,11 @@ class TeacherAdapter(ABC):
     def config(self, values: dict[str, Any]) -> Any:
         """The original config from the JSON types that an import keeps in `origin`."""
         return AutoConfig.for_model(**values)
+
+    def describe(self, config: ZooConfig) -> dict[str, Any]:
+        """The original config (JSON types, with `architectures`) of a model of ours that did not come from one, or is
+        no longer what came. Raises ExportError; an option that it does not name is compared by who asks."""
+        raise ExportError("has no class to write back to: the model did not come from it, or was changed since")
 
     def probe(self, config: Any) -> dict[str, Tensor] | None:
         """Arguments, of the original's forward and of ours, for the check of an import; None: random rows of tokens."""
@@ -213,6 +219,38 @@ def split_key(key: str) -> tuple[str, str, str]:
     if match is None:
         return module, "", parameter
     return f"{module[: match.start()]}.{{i}}{module[match.end() :]}", match[1], parameter
+
+
+def described(config: ZooConfig, mixers: tuple[str, ...], ffns: tuple[str, ...]) -> tuple[list[Any], list[Any]]:
+    """The options of a model's mixers and channel mixers, sizes written out, windows without sinks as attention.
+
+    Raises ExportError for the first that is of none of the given names.
+    """
+    spec = config.spec
+    found = [layer.mixer.resolved(spec.hidden_size) for layer in spec.layers], [layer.ffn for layer in spec.layers]
+    for i, mixer in enumerate(found[0]):
+        if mixer.name == "sliding_window" and mixer.causal:
+            raise ExportError(
+                f"layers.{i}.mixer.sinks is {mixer.sinks}; no class keeps first tokens in view behind a window; give 0"
+            )
+        if mixer.name not in mixers:
+            raise ExportError(f"has no {mixer.name}")
+    for i, ffn in enumerate(found[1]):
+        if (name := None if ffn is None else ffn.name) not in ffns:
+            raise ExportError(f"layers.{i}.ffn is {name}; its blocks have {' or '.join(ffns)}")
+    return found
+
+
+def common_values(config: ZooConfig, model_type: str, architecture: str) -> dict[str, Any]:
+    """What most configs of transformers call by the same names."""
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "initializer_range": config.initializer_range,
+        **{key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }
 
 
 def rotary_of(config: Any, head_dim: int) -> RotaryConfig:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.convert.teachers.adapter import Packed, TeacherAdapter, register_teacher
+from zoo.config import ZooConfig
+from zoo.convert.teachers.adapter import Packed, TeacherAdapter, common_values, described, register_teacher
 
 
 @register_teacher
@@ -50,6 +51,20 @@ class GPT2(TeacherAdapter):
             "embedding_dropout": config.embd_pdrop,
             "tie_word_embeddings": bool(config.tie_word_embeddings),
             "initializer_range": config.initializer_range,
+        }
+
+    def describe(self, config: ZooConfig) -> dict[str, Any]:
+        mixers, ffns = described(config, ("attention",), ("mlp",))
+        return {
+            **common_values(config, "gpt2", "GPT2LMHeadModel"),
+            "n_embd": config.hidden_size,
+            "n_layer": config.num_hidden_layers,
+            "n_head": mixers[0].num_heads,
+            "n_positions": config.max_position_embeddings,
+            "n_inner": ffns[0].hidden_size,
+            "activation_function": ffns[0].activation,
+            "layer_norm_epsilon": config.norm_eps,
+            "embd_pdrop": config.embedding_dropout,
         }
 
     def modules(self, config: Any, architecture: str) -> dict[str, str | Packed]:
