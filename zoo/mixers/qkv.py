@@ -66,9 +66,9 @@ class QKVOptions(MixerOptions):
         return self
 
     def resolved(self, width: int) -> Self:
-        """With sizes and scale written out, and at its default what says nothing beside the other options."""
+        """With value size and scale written out, and at its default what says nothing beside the other options."""
         told: dict[str, Any] = {
-            "num_kv_heads": self.kv_heads,
+            "num_kv_heads": None if self.kv_heads == self.num_heads else self.kv_heads,
             "value_head_dim": self.value_dim,
             "scale": self.softmax_scale,
         }

@@ -85,7 +85,7 @@ class Llama(TeacherAdapter):
             "intermediate_size": ffns[0].hidden_size,
             "num_hidden_layers": config.num_hidden_layers,
             "num_attention_heads": first.num_heads,
-            "num_key_value_heads": first.num_kv_heads,
+            "num_key_value_heads": first.kv_heads,
             "head_dim": first.head_dim,
             "hidden_act": ffns[0].activation,
             "max_position_embeddings": config.max_position_embeddings,
