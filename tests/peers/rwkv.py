@@ -111,7 +111,7 @@ def time_mix_6(w, h, before, state, shared, i):
     kv = k[:, :, None] * v[:, None]
     y = torch.einsum("hk,hkv->hv", r, S + w["att.time_faaaa"][..., None] * kv)
     state["S"] = S * fade[..., None] + kv
-    y = F.group_norm(y.view(1, D), H, w["att.ln_x.weight"], w["att.ln_x.bias"], 64e-5).view(D)
+    y = F.group_norm(y.view(1, D), H, w["att.ln_x.weight"], w["att.ln_x.bias"], float(w.get("att.eps", 64e-5))).view(D)
     return w["att.output.weight"] @ (y * F.silu(w["att.gate.weight"] @ moved[4]))
 
 
@@ -139,7 +139,7 @@ def time_mix_7(w, h, before, state, shared, i):
     S = S * fade[:, None] - (S @ kk[..., None]) * (kk * a)[:, None] + v[..., None] * k[:, None]
     state["S"] = S
     y = (S @ r[..., None]).view(1, D)
-    y = F.group_norm(y, H, w["att.ln_x.weight"], w["att.ln_x.bias"], 64e-5).view(D)
+    y = F.group_norm(y, H, w["att.ln_x.weight"], w["att.ln_x.bias"], float(w.get("att.eps", 64e-5))).view(D)
     y = y + ((r * k * w["att.r_k"]).sum(-1, keepdim=True) * v).view(D)
     return w["att.output.weight"] @ (y * g)
 

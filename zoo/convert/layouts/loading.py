@@ -183,7 +183,12 @@ def written_shapes(family: Family, config: ZooConfig) -> dict[str, tuple[int, ..
 @torch.no_grad()
 def their_tensors(family: Family, model: ZooPreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """A model's weights under their names, one entry at a time, then the fillers. Tensors are on the CPU."""
-    return ((name, tensor.cpu()) for name, tensor in _their_tensors(family, model))
+    return ((name, _alone(tensor.cpu())) for name, tensor in _their_tensors(family, model))
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor that is no part of another one's memory, as files want it."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _their_tensors(family: Family, model: ZooPreTrainedModel) -> Iterator[tuple[str, Tensor]]:

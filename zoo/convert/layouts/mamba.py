@@ -76,7 +76,8 @@ class TransformersMamba(_Mamba):
     model_type = "mamba"
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
-        return checkpoint.config.get("model_type") == self.model_type and "state_size" in checkpoint.config
+        c = checkpoint.config
+        return c.get("model_type") == self.model_type and "state_size" in c and "fuse_norm" not in c  # which fla has
 
     def fields(self, checkpoint: Checkpoint) -> dict[str, Any]:
         c = checkpoint.config

@@ -169,7 +169,7 @@ class TransformersMamba2(_Mamba2):
     embedding = "embeddings"
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
-        return checkpoint.config.get("model_type") == "mamba2"
+        return checkpoint.config.get("model_type") == "mamba2" and "fuse_norm" not in checkpoint.config  # which fla has
 
     def fields(self, checkpoint: Checkpoint) -> dict[str, Any]:
         c = checkpoint.config

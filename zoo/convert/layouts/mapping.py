@@ -67,6 +67,21 @@ def shaped(theirs: str, ours: str, their_shape: Sequence[int], our_shape: Sequen
     return mapped(theirs, ours, lambda t: t.reshape(*our_shape), lambda t: t.reshape(*their_shape))
 
 
+def initial(ours: str) -> Entry:
+    """A tensor of ours that no file has: it keeps its initial value."""
+    return Entry((), (ours,), list, lambda t: [], optional=True)
+
+
+def rows(theirs: Sequence[str], ours: str, shape: Sequence[int]) -> Entry:
+    """Vectors there, of `shape`, that are the rows of one matrix here."""
+    return Entry(
+        tuple(theirs),
+        (ours,),
+        lambda t: [torch.stack([v.reshape(-1) for v in t])],
+        lambda t: [row.reshape(*shape) for row in t[0].unbind()],
+    )
+
+
 def split(theirs: str, ours: Sequence[str], sizes: Sequence[int], *, dim: int = 0) -> Entry:
     """One tensor there that holds several of ours, one behind the other along `dim`."""
     return Entry(

@@ -11,16 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from zoo.config import ZooConfig
 from zoo.convert.layouts.family import Family, register_family
 from zoo.convert.layouts.files import Checkpoint
-from zoo.convert.layouts.mapping import Entry, flat, same, shaped, transposed
+from zoo.convert.layouts.mapping import Entry, flat, rows, same, shaped, transposed
 from zoo.errors import CheckpointError, ExportError
-
-Vector = tuple[int, int, int]
 
 
 class RWKVFile(Family):
@@ -114,16 +111,6 @@ def _norm(theirs: str, ours: str) -> Iterator[Entry]:
         yield same(f"{theirs}.{parameter}", f"{ours}.{parameter}")
 
 
-def _rows(theirs: list[str], ours: str, shape: Vector) -> Entry:
-    """Vectors there, the rows of one matrix here."""
-    return Entry(
-        tuple(theirs),
-        (ours,),
-        lambda t: [torch.stack([v.reshape(-1) for v in t])],
-        lambda t: [row.reshape(*shape) for row in t[0].unbind()],
-    )
-
-
 @register_family
 class RWKV4File(RWKVFile):
     """RWKV-4-Pile-*.pth, RWKV-4-World-*.pth."""
@@ -188,7 +175,7 @@ class RWKV6File(_WithHeads):
     def time_mix(self, theirs: str, ours: str, i: int, mixer: Any, width: int) -> Iterator[Entry]:
         keys = (1, 1, mixer.num_heads * mixer.head_dim)
         yield flat(f"{theirs}time_maa_x", f"{ours}shift_x", (1, 1, width))
-        yield _rows([f"{theirs}time_maa_{n}" for n in "wkvrg"], f"{ours}shift_MD", (1, 1, width))
+        yield rows([f"{theirs}time_maa_{n}" for n in "wkvrg"], f"{ours}shift_MD", (1, 1, width))
         yield transposed(f"{theirs}time_maa_w1", f"{ours}shift_down.weight")
         yield same(f"{theirs}time_maa_w2", f"{ours}shift_up_MRD")
         yield flat(f"{theirs}time_decay", f"{ours}decay_bias", keys)
@@ -219,7 +206,7 @@ class RWKV7File(_WithHeads):
 
     def time_mix(self, theirs: str, ours: str, i: int, mixer: Any, width: int) -> Iterator[Entry]:
         vector = (1, 1, mixer.num_heads * mixer.head_dim)
-        yield _rows([f"{theirs}x_{n}" for n in "rwkvag"], f"{ours}shift_MD", (1, 1, width))
+        yield rows([f"{theirs}x_{n}" for n in "rwkvag"], f"{ours}shift_MD", (1, 1, width))
         for letter, low in {"w": "decay", "a": "a", "v": "residual", "g": "g"}.items():
             unused = letter == "v" and i == 0
             for part, place in (("1", "down"), ("2", "up")):
