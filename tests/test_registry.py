@@ -153,9 +153,31 @@ def test_overrides_are_merged_into_the_registered_config():
     assert merge({"a": {"b": 1, "c": [1, 2]}}, {"a": {"c": [3]}}) == {"a": {"b": 1, "c": [3]}}
 
 
+TAG = {"repo": "a/b", "layout": "transformers", "licence": "MIT", "paper": "https://arxiv.org/abs/1", "parameters": 7}
+
+
+@pytest.mark.parametrize(
+    ("tag", "changed", "message"),
+    [
+        ("v1", {"license": "MIT"}, r"new-tiny\.tags\.v1\.license: unknown key; did you mean 'licence'"),
+        ("v1", {"parameters": "7M"}, r"new-tiny\.tags\.v1\.parameters: input should be a valid integer, got '7M'"),
+        ("v1", {"repo": "../b"}, r"new-tiny\.tags\.v1\.repo: string should match .* got '\.\./b'"),
+        ("v1", {"file": "../b.pth"}, r"new-tiny\.tags\.v1\.file: string should match"),
+        ("v1", {"paper": None}, r"new-tiny\.tags\.v1\.paper: input should be a valid string"),
+        ("V 1", {}, r"new-tiny\.tags\.V 1: a tag is of small letters"),
+    ],
+)
+def test_tags_are_strict(names_restored, tag, changed, message):
+    with pytest.raises(ConfigError, match=message):
+        zoo.register_model("new-tiny", {}, tags={tag: {**TAG, **changed}})
+    with pytest.raises(ConfigError, match=r"new-tiny\.tags\.v1\.layout: this key is needed"):
+        zoo.register_model("new-tiny", {}, tags={"v1": {k: v for k, v in TAG.items() if k != "layout"}})
+
+
 def test_tags_and_deprecated_names(names_restored):
     config = model_entry("transformer-tiny").config
-    zoo.register_model("new-tiny", config, tags={"v1": {"repo": "a/b"}, "v2": {"repo": "a/c"}}, deprecated=["old-tiny"])
+    tags = {"v1": {**TAG, "repo": "a/b"}, "v2": {**TAG, "repo": "a/c"}}
+    zoo.register_model("new-tiny", config, tags=tags, deprecated=["old-tiny"])
     assert zoo.list_models("new*", pretrained=True) == ["new-tiny.v1", "new-tiny.v2"]
     assert "old-tiny" not in zoo.list_models()
     assert model_entry("new-tiny.v2").name == "new-tiny"

@@ -19,9 +19,30 @@ from dataclasses import dataclass, field
 from importlib import metadata, resources
 from typing import Any
 
+from pydantic import Field
+
 from zoo.config import FFNOptions, MixerOptions, ZooConfig
 from zoo.errors import ConfigError, did_you_mean, unknown_name
+from zoo.options import Options
 from zoo.yaml_files import load_yaml
+
+
+class Pretrained(Options):
+    """Published weights of a model: where they are, in whose layout, under which licence.
+
+    licence: as SPDX abbreviates it, or what their authors call theirs. parameters: how many there are. tokenizer: the
+    repository of the tokenizer, where it is not beside the weights. file: the file of weights, where it does not have
+    the usual name. revision: a branch, a tag or a commit.
+    """
+
+    repo: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$", max_length=96)
+    layout: str = Field(pattern=r"^[a-z_]+$")
+    licence: str = Field(min_length=2)
+    paper: str = Field(pattern=r"^https://\S+$")
+    parameters: int = Field(ge=1)
+    revision: str | None = Field(None, pattern=r"^[\w./-]+$")
+    tokenizer: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+    file: str | None = Field(None, pattern=r"^[\w.-]+$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +54,7 @@ class ModelEntry:
     family: str = ""
     paper: str = ""
     about: str = ""
-    tags: dict[str, dict[str, Any]] = field(default_factory=dict)  # pretrained checkpoints by tag
+    tags: dict[str, Pretrained] = field(default_factory=dict)  # published weights, by tag
 
 
 _MIXERS: dict[str, type] = {}
@@ -77,11 +98,19 @@ def register_model(
     tags: dict[str, dict[str, Any]] | None = None,
     deprecated: Iterable[str] = (),
 ) -> None:
-    """Make a model available under `name` (kebab case with a size); `deprecated` names warn and lead to it."""
+    """Make a model available under `name` (kebab case with a size); `deprecated` names warn and lead to it.
+
+    `tags` are published weights, each with the keys of `Pretrained`. Raises ConfigError for wrong names and keys.
+    """
     if not re.fullmatch(r"[a-z][a-z0-9.-]*", name):
         raise ConfigError(f"model name {name!r} is not kebab case with a size, such as 'retnet-tiny'")
+    published = {}
+    for tag, values in (tags or {}).items():
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", str(tag)):
+            raise ConfigError(f"{name}.tags.{tag}: a tag is of small letters, digits, - and _")
+        published[tag] = Pretrained.parse(values, f"{name}.tags.{tag}")
     _MODELS[name] = ModelEntry(
-        name=name, config=config, family=family or name.split("-")[0], paper=paper, about=about, tags=dict(tags or {})
+        name=name, config=config, family=family or name.split("-")[0], paper=paper, about=about, tags=published
     )
     _DEPRECATED.update(dict.fromkeys(deprecated, name))
 

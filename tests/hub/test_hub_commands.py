@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+import zoo
+
 # One process runs several commands: each start imports torch.
 RUN = """
 import json, sys
@@ -73,3 +75,21 @@ def test_the_cycle_by_commands(hub, saved, tmp_path):
     assert pulled[0] == 0
     assert pushed[0] == 2
     assert "switched off by HF_HUB_OFFLINE=1" in pushed[2]
+
+
+@pytest.mark.slow
+def test_a_repository_is_imported(hub, tmp_path):
+    from zoo.convert.layouts import export_model
+
+    export_model(zoo.create_model("mamba-tiny"), "transformers", tmp_path / "model")
+    sha = hub.publish_folder("them/mamba", tmp_path / "model")
+    imported, shown, none = zoo_commands(
+        hub,
+        tmp_path,
+        ["import", "them/mamba@main", "--out", "out", "--json"],
+        ["show", "out", "--json"],
+        ["import", "them/none", "--out", "x"],
+    )
+    assert json.loads(imported[1])["layout"] == "transformers"
+    assert json.loads(shown[1])["hub"] == f"them/mamba@{sha}"
+    assert none[2].startswith(f"error: them/none: no such repository at {hub.url}, or it is private")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,10 @@ from zoo.cli.common import JsonOption, only_json_on_stdout, print_json, quiet_li
 
 
 def import_(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A folder or a file of weights.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="A folder, a file of weights, or a repository, org/name[@revision]."),
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the result.")],
     layout: Annotated[
         str | None, typer.Option(metavar="L", help="Whose names: see zoo list --layouts. Default: guessed, and said.")
@@ -21,6 +25,9 @@ def import_(
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(metavar="NAME", help="A folder or a Hub name. Default: the one beside the weights.")
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The file of weights in a repository, such as RWKV-4.pth.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that is in --out.")] = False,
     as_json: JsonOption = False,
@@ -33,7 +40,9 @@ def import_(
         quiet_libraries()
         if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
             raise CheckpointError(f"{out}: exists already; --overwrite replaces it")
-        found = import_checkpoint(checkpoint, layout=layout, dtype=_dtype(dtype), tokenizer=tokenizer)
+        place, came_from = _place(checkpoint, file)
+        found = import_checkpoint(place, layout=layout, dtype=_dtype(dtype), tokenizer=tokenizer)
+        found.model.config.origin = {**found.model.config.origin, **came_from}
         found.model.save_pretrained(out)
         if found.tokenizer is not None:
             found.tokenizer.save_pretrained(out)
@@ -47,6 +56,18 @@ def import_(
         f"saved in {out}; next: zoo show {out}"
         + ("" if found.tokenizer is None else f", zoo generate {out} --prompt TEXT")
     )
+
+
+def _place(checkpoint: str, file: str | None) -> tuple[Path, dict[str, Any]]:
+    """Where the files are, and what a config records of the repository they came from; {} for files of one's own."""
+    path = Path(checkpoint)
+    if path.exists() or not re.fullmatch(r"(hf-hub:)?[\w.-]+/[\w.-]+(@\S+)?", checkpoint):
+        return (path if file is None else path / file), {}
+    from zoo.hub.client import parse_reference
+    from zoo.hub.pull import origin, snapshot
+
+    taken = snapshot(*parse_reference(checkpoint), files=[] if file is None else [file])
+    return (taken.folder if file is None else taken.folder / file), origin(taken)
 
 
 def _dtype(name: str | None) -> Any:

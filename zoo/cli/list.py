@@ -15,6 +15,9 @@ MODEL_COLUMNS = {
     "model": "name", "task": "task", "layers": "layers", "width": "hidden_size", "parameters": "parameters",
     "state": "state", "mixers": "mixers", "weights": "pretrained",
 }  # fmt: skip
+PRETRAINED_COLUMNS = {
+    "model": "name", "repository": "repo", "licence": "licence", "parameters": "parameters", "layout": "layout",
+}  # fmt: skip
 
 
 def list_(
@@ -32,13 +35,19 @@ def list_(
 ) -> None:
     """The models that can be created by name, or with [bold]--mixers[/bold] what attention can be replaced with."""
     wild = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-    rows = _layouts(wild) if layouts else _mixers(wild) if mixers else _models(wild, task, mixer, pretrained)
+    if layouts:
+        keys, rows = LAYOUT_COLUMNS, _layouts(wild)
+    elif mixers:
+        keys, rows = MIXER_COLUMNS, _mixers(wild)
+    elif pretrained:
+        keys, rows = PRETRAINED_COLUMNS, _pretrained(wild, task, mixer)
+    else:
+        keys, rows = MODEL_COLUMNS, _models(wild, task, mixer)
     if not rows:
         _say_what_is_near(pattern, mixers, layouts)
     if as_json:
         print_json(rows)
         return
-    keys = LAYOUT_COLUMNS if layouts else MIXER_COLUMNS if mixers else MODEL_COLUMNS
     shown = [[_shown(key, row[key]) for key in keys.values()] for row in rows]
     print_table(list(keys), shown, right=("layers", "width", "parameters"))
 
@@ -71,19 +80,36 @@ def _layouts(pattern: str) -> list[dict[str, Any]]:
     ]
 
 
-def _models(pattern: str, task: str | None, mixer: str | None, pretrained: bool) -> list[dict[str, Any]]:
+def _checked(task: str | None, mixer: str | None) -> dict[str, Any]:
+    """The filters of `list_models`; raises where one names nothing."""
     from typing import get_args
 
     from zoo.config import Task
     from zoo.errors import unknown_name
-    from zoo.registry import list_models, mixer_class, model_config, model_entry
+    from zoo.registry import mixer_class
 
     if task is not None and task not in get_args(Task):
         raise unknown_name("task", task, get_args(Task))
     if mixer is not None:
         mixer_class(mixer)
+    return {"task": task, "mixer": mixer}
+
+
+def _pretrained(pattern: str, task: str | None, mixer: str | None) -> list[dict[str, Any]]:
+    from zoo.registry import list_models, model_entry
+
     rows = []
-    for name in list_models(pattern, pretrained=pretrained, task=task, mixer=mixer):
+    for name in list_models(pattern, pretrained=True, **_checked(task, mixer)):
+        entry = model_entry(name)
+        rows.append({"name": name, "family": entry.family, **entry.tags[name[len(entry.name) + 1 :]].plain()})
+    return rows
+
+
+def _models(pattern: str, task: str | None, mixer: str | None) -> list[dict[str, Any]]:
+    from zoo.registry import list_models, model_config, model_entry
+
+    rows = []
+    for name in list_models(pattern, **_checked(task, mixer)):
         entry = model_entry(name)
         config = model_config(entry.name)
         counts = Counter(config.mixer_names)

@@ -130,6 +130,7 @@ app.command(
     epilog=examples(
         "zoo import mamba-130m --out model      [dim]# the layout is guessed[/dim]",
         "zoo import RWKV-4-Pile-169M.pth --layout rwkv --out model",
+        "zoo import state-spaces/mamba-130m --out model      [dim]# from the Hub[/dim]",
     ),
 )(guarded(import_))
 app.command("export", epilog=examples("zoo export student --layout transformers --out for-everyone"))(guarded(export))

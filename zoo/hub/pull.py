@@ -36,6 +36,7 @@ def snapshot(
     revision: str | None = None,
     *,
     files: Sequence[str] = (),
+    weights: bool = True,
     card: bool = False,
     token: str | bool | None = None,
     endpoint: str | None = None,
@@ -51,7 +52,7 @@ def snapshot(
     Args:
         repo: ``org/name``. revision: a branch, a tag or a commit, by default ``main``.
         files: exactly these files instead of the weights (``RWKV-4.pth``); config and tokenizer come too.
-        card: the card and its pictures too.
+        weights: False: only config and tokenizer. card: the card's pictures too.
         token, endpoint, cache_dir, local_files_only: as in huggingface_hub.
 
     Raises:
@@ -66,9 +67,10 @@ def snapshot(
     with explained(repo, revision, api=api):
         sha = api.resolve_revision(repo, revision=revision, **place).resolved
     beside = (*BESIDE_WEIGHTS, CODE, *(PICTURES if card else ()))
-    found = _fetch(api, repo, sha, (*beside, *(files or WEIGHTS)), place)
+    usual = WEIGHTS if weights else ()
+    found = _fetch(api, repo, sha, (*beside, *(files or usual)), place)
     there = _names(found)
-    if not files and not any(matches(name, WEIGHTS) for name in there):
+    if weights and not files and not any(matches(name, WEIGHTS) for name in there):
         found = _fetch(api, repo, sha, (*beside, *PICKLES), place)
         there = _names(found)
     if missing := [name for name in files if name not in there]:

@@ -21,7 +21,7 @@ def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> Zo
 
     Args:
         name: ``"retnet-tiny"``, ``"name.tag"`` with `pretrained`, ``"path/to/folder"`` or ``"hf-hub:org/name"``.
-        pretrained: load the published weights of a registered name.
+        pretrained: load the published weights of a registered name: of its first tag, or of ``name.tag``.
         overrides: top-level fields of the config, such as ``vocab_size=4096``; for stored weights, arguments of
             `from_pretrained` such as ``dtype``, and from the Hub also ``token``, ``endpoint``, ``cache_dir`` and
             ``local_files_only``.
@@ -43,8 +43,9 @@ def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> Zo
     tag = name[len(entry.name) + 1 :] or next(iter(entry.tags), "")
     if tag not in entry.tags:
         raise ConfigError(f"{entry.name} has no published weights yet; create it with pretrained=False and train it")
-    source = entry.tags[tag]
-    return _load(source["repo"], revision=source.get("revision", "main"), **overrides)
+    from zoo.hub.pretrained import load_pretrained
+
+    return load_pretrained(entry.tags[tag], **overrides)
 
 
 def load_folder(folder: str | Path, **options: Any) -> ZooPreTrainedModel:
