@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zoo.errors import ConfigError
-from zoo.ops.grouped import grouped_linear, grouped_linear_reference
+from zoo.ops.grouped import grouped_linear, grouped_linear_reference, grouped_pair
 
 ENDS = [
     [3, 3, 8, 11],  # an empty group
@@ -30,6 +30,22 @@ def test_is_the_dense_sum(ends):
     pairs = zip(*(torch.autograd.grad((y * rows).sum(), (x, weight)) for y in (got, expected)), strict=True)
     for gradient, reference in pairs:
         torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_a_pair_is_two_maps(ends):
+    x, first, ends_E = case(ends)
+    second = torch.randn(4, 5, 3, dtype=torch.double, requires_grad=True)
+    got = grouped_pair(x, first, second, ends_E)
+    expected = [grouped_linear_reference(x, weight, ends_E) for weight in (first, second)]
+    torch.testing.assert_close([*got], expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(y.sin().sum() + z.square().sum(), (x, first, second)) for y, z in (got, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradgradcheck(lambda *leaves: grouped_pair(*leaves, ends_E), (x, first, second))
+    frozen = grouped_pair(x.detach(), first.detach(), second, ends_E)
+    torch.testing.assert_close(
+        torch.autograd.grad(frozen[1].square().sum(), second)[0], gradients[0][2], rtol=1e-12, atol=1e-12
+    )
 
 
 def test_gradients_of_gradients():

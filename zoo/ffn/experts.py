@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from zoo.ffn.routing import Pairs
-from zoo.ops.grouped import grouped_linear
+from zoo.ops.grouped import grouped_linear, grouped_pair
 
 
 class Experts(nn.Module):
@@ -28,7 +28,9 @@ class Experts(nn.Module):
     variance s / fan_in, cut at two deviations.
     """
 
+    gate_EIO: Tensor
     up_EIO: Tensor
+    down_EIO: Tensor
 
     def __init__(
         self,
@@ -59,14 +61,16 @@ class Experts(nn.Module):
         ends_E = torch.searchsorted(expert_P, experts_E, right=True).int()
         expert_P = expert_P.clamp(max=self.count - 1)  # nobody's rows weigh nothing, whatever bias they get
         rows_PD = x_ND.index_select(0, token_P)
-        up_PF = self._linear("up", rows_PD, expert_P, ends_E)
-        h_PF = self.act(self._linear("gate", rows_PD, expert_P, ends_E)) * up_PF if self.gated else self.act(up_PF)
-        y_PD = self._linear("down", h_PF, expert_P, ends_E)
+        if self.gated:
+            gate_PF, up_PF = grouped_pair(rows_PD, self.gate_EIO, self.up_EIO, ends_E)
+            h_PF = self.act(self._biased("gate", gate_PF, expert_P)) * self._biased("up", up_PF, expert_P)
+        else:
+            h_PF = self.act(self._biased("up", grouped_linear(rows_PD, self.up_EIO, ends_E), expert_P))
+        y_PD = self._biased("down", grouped_linear(h_PF, self.down_EIO, ends_E), expert_P)
         y_PD = y_PD * pairs.weight_P[order_P, None]  # weights are float32 or better, and so is the sum
         return torch.zeros(x_ND.shape, dtype=y_PD.dtype, device=y_PD.device).index_add(0, token_P, y_PD)
 
-    def _linear(self, name: str, x_PI: Tensor, expert_P: Tensor, ends_E: Tensor) -> Tensor:
-        y_PO = grouped_linear(x_PI, getattr(self, f"{name}_EIO"), ends_E)
+    def _biased(self, name: str, y_PO: Tensor, expert_P: Tensor) -> Tensor:
         bias_EO = getattr(self, f"{name}_bias_EO")
         return y_PO if bias_EO is None else y_PO + bias_EO.to(y_PO.dtype).index_select(0, expert_P)
 
