@@ -294,11 +294,11 @@ def eval_results(score: Mapping[str, Any], facts: Facts) -> str | None:
 
 
 def _summary(student: Row, teacher: Row | None, facts: Facts, task: CardTask) -> str:
-    name = facts.teacher or (teacher or {}).get("name") or "a Transformer"
+    name = facts.teacher or (teacher or {}).get("name")
     mixers = {code(mixer): at(student, "mixers", mixer) or 0 for mixer in student.get("mixers") or {}}
     layers = sum(mixers.values())
     parts = [f"{count} of {layers} layers are {mixer}" for mixer, count in mixers.items()]
-    made = f"Made from {inline(name)} by replacing its attention and distilling"
+    made = f"Made from {inline(name)} by replacing its attention and distilling" if name else "Trained from nothing"
     sentences = [f"{made}: {', '.join(parts)}." if parts else f"{made}."]
     return " ".join([*sentences, *task.summary(student), *_ratios(student, teacher)])
 
@@ -323,12 +323,11 @@ def _usage(facts: Facts, task: CardTask) -> str:
     """How to load the model in three lines, and what to do with it."""
     place = facts.repo or facts.location or "path/to/model"
     source = json.dumps(f"hf-hub:{facts.repo}" if facts.repo else place)
-    prepare = "tokenizer" if task.loader == "AutoTokenizer" else "processor"
-    lines = [
-        "import zoo, transformers",
-        f"model = zoo.create_model({source}).eval()",
-        f"{prepare} = transformers.{task.loader}.from_pretrained({json.dumps(place)})",
-    ]
+    lines = ["import zoo", f"model = zoo.create_model({source}).eval()"]
+    if task.loader is not None:
+        prepare = "tokenizer" if task.loader == "AutoTokenizer" else "processor"
+        lines[0] += ", transformers"
+        lines.append(f"{prepare} = transformers.{task.loader}.from_pretrained({json.dumps(place)})")
     said = "The model is a transformers `PreTrainedModel`; its classes are registered when `zoo` is imported."
     return "\n\n".join([code_block(lines, "python"), *([code_block(task.use, "python")] if task.use else []), said])
 
@@ -365,14 +364,18 @@ def _cell(value: Any) -> str:
 
 
 def _score_section(score: Mapping[str, Any], student: Row) -> str:
-    parts = [f"{title}:\n\n{table(header, lines)}" for title, header, lines in tables(score)]
+    parts, batch = (
+        [f"{title}:\n\n{table(header, lines)}" for title, header, lines in tables(score)],
+        card_task(score).batch,
+    )
     if source := (score.get("data") or {}).get("source"):
         parts.append(f"Data: {inline(source)}, the same for all models.")
     if machine := score.get("machine"):
         where = machine.get("cpu") if machine.get("device") in (None, "cpu") else machine["device"]
         parts.append(
             f"Measured on {inline(where)}, {inline(machine.get('threads'))} threads of "
-            f"{inline(machine.get('cores'))} cores, {inline(machine.get('dtype'))}, batch 1; times were taken in turns."
+            f"{inline(machine.get('cores'))} cores, {inline(machine.get('dtype'))}, batch {batch}; times were taken in "
+            "turns."
         )
     versions = {**(score.get("versions") or {}), "date": score.get("date")}
     if known := [f"{name} {version}" for name, version in versions.items() if version]:
@@ -385,8 +388,9 @@ def _score_section(score: Mapping[str, Any], student: Row) -> str:
 
 
 def _limits(score: Mapping[str, Any], student: Row, facts: Facts, task: CardTask) -> str:
-    inherited = "It inherits what its teacher gets wrong; nothing was done about it here."
-    found = [inherited, *task.limits(score, student), *map(inline, facts.limits)]
+    inherited = ["It inherits what its teacher gets wrong; nothing was done about it here."]
+    taught = facts.teacher or any(row["role"] == "teacher" for row in score["rows"])
+    found = [*(inherited if taught else []), *task.limits(score, student), *map(inline, facts.limits)]
     return "\n".join(f"- {line}" for line in found)
 
 

@@ -43,7 +43,8 @@ class CardTask:
         summary: sentences about the student's row.
         limits: sentences on what the score does not say.
         use: lines of Python after `model` and `tokenizer` were loaded.
-        loader: the class of transformers that loads what prepares the input.
+        loader: the class of transformers that loads what prepares the input, or None.
+        batch: how many rows were timed at once.
     """
 
     pipeline: str
@@ -52,7 +53,8 @@ class CardTask:
     summary: Callable[[Row], list[str]] = lambda row: []
     limits: Callable[[Values, Row], list[str]] = lambda score, row: []
     use: tuple[str, ...] = ()
-    loader: str = "AutoTokenizer"
+    loader: str | None = "AutoTokenizer"
+    batch: int = 1
 
 
 def card_task(score: Values) -> CardTask:
@@ -210,9 +212,9 @@ def number(row: Row, *path: str, digits: int) -> str:
     return _shown(lambda value: f"{value:.{digits}f}", at(row, *path))
 
 
-def percent(row: Row, *path: str) -> str:
+def percent(row: Row, *path: str, digits: int = 1) -> str:
     """The text of a share in a row."""
-    return _shown(lambda value: f"{100 * value:.1f} %", at(row, *path))
+    return _shown(lambda value: f"{100 * value:.{digits}f} %", at(row, *path))
 
 
 def _shown(show: Callable[[Any], str], value: float | None) -> str:
@@ -261,6 +263,30 @@ def _sentence_limits(score: Values, student: Row) -> list[str]:
     return [f"Embeddings were compared on texts of at most {length} tokens, of one kind."] if length else []
 
 
+def image_tables(score: Values) -> list[Group]:
+    """Image classifiers: right answers, distance from the teacher, speed."""
+    quality: dict[str, Cell] = {
+        "accuracy": lambda row: percent(row, "accuracy", digits=2),
+        "same answer as the teacher": lambda row: percent(row, "top1"),
+        "KL to the teacher, nats": _with_error("kl", "kl_standard_error"),
+        "images/s": lambda row: number(row, "images_per_s", digits=0),
+    }
+    count = at(score.get("data") or {}, "rows")
+    return [(f"Quality on {'held-out' if count is None else count} images", quality)]
+
+
+def _image_summary(student: Row) -> list[str]:
+    accuracy, top1 = at(student, "accuracy"), at(student, "top1")
+    if accuracy is None:
+        return []
+    same = "" if top1 is None else f", and its answer is the teacher's for {100 * top1:.1f} % of them"
+    return [f"It is right about {100 * accuracy:.2f} % of the images that it was scored on{same}."]
+
+
+def _image_limits(score: Values, student: Row) -> list[str]:
+    return ["It was scored on images of one kind, as it was trained on; other pictures were not tried."]
+
+
 _PREDICTION = (
     Metric("perplexity", "Perplexity", "perplexity"),
     Metric("kl", "KL(teacher || student), nats per token", "kl"),
@@ -290,5 +316,21 @@ CARD_TASKS: dict[str, CardTask] = {
             "with torch.no_grad():",
             "    embeddings = model(**batch).pooler_output  # (2, width), of length one",
         ),
+    ),
+    "image-classification": CardTask(
+        "image-classification", image_tables,
+        (
+            Metric("accuracy", "Accuracy", "accuracy"),
+            Metric("top1", "Same answer as the teacher", "agreement"),
+            Metric("kl", "KL(teacher || student), nats per image", "kl"),
+        ),
+        _image_summary, _image_limits,
+        use=(
+            "from zoo.images import normalise, open_images",
+            'images = open_images("path/to/images")  # a folder with a folder for each class, an IDX file, ...',
+            "pixels = images.pixels([0, 1], model.config.spec.image)",
+            "print(model(pixel_values=normalise(pixels, model.config.spec.image)).logits.argmax(-1))",
+        ),
+        loader=None, batch=100,
     ),
 }  # fmt: skip

@@ -23,23 +23,24 @@ from zoo.errors import ConfigError, DataError
 from zoo.train import tasks
 from zoo.train.embeddings import compare_embeddings
 from zoo.train.evaluation import Ablated, Comparison, branched, compare, greedy_agreement
+from zoo.train.image_score import compare_images, image_speed
 from zoo.train.measure import fits, machine, measure_speed, parameters, position_limit, state_bytes_at, versions
 from zoo.train.score_inputs import (
+    ROLES,
     check_tasks,
     count_mixers,
     hash_of,
     model_name,
     one_tokenizer,
     resolve_model,
-    sample_rows,
-    sample_sentences,
+    sample_of,
+    spent_on,
 )
 
-ROLES = ("teacher", "untrained", "student", "window_baseline")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROW_KEYS = (
     "name", "role", "perplexity", "kl", "kl_standard_error", "top1", "cosine", "cosine_standard_error",
-    "spearman", "neighbour", "cosine_by_length", "greedy_agreement",
+    "spearman", "neighbour", "cosine_by_length", "accuracy", "images_per_s", "images_per_cpu_s", "greedy_agreement",
     "perplexity_by_position", "kl_by_position", "passkey", "passkey_choice", "mqar", "branches", "state_bytes",
     "decode_tokens_per_s", "decode_tokens_per_cpu_s", "decode_speedup",
     "prefill_tokens_per_s", "prefill_tokens_per_cpu_s", "parameters", "mixers", "train_tokens", "train_cpu_seconds",
@@ -181,9 +182,10 @@ def score(
 
     Args:
         student, untrained, window_baseline: zoo models, or folders of saved ones.
-        teacher: a zoo model, a `Teacher`, or anything that `load_teacher` takes.
+        teacher: a zoo model, a `Teacher`, or anything that `load_teacher` takes; image classifiers need none.
         data: held-out text (whatever `zoo.text.read_documents` takes), or token ids (N, L) int64, scored as they are.
-            Rows come from one document each where enough documents are long enough.
+            Rows come from one document each where enough documents are long enough. Of image classifiers all images
+            of a source (`zoo.images`), with `quick` 1000 of them.
         tokenizer: of the text; by default the teacher's, else the student's.
         length, tokens: of a row, and in all. Sentence encoders read whole texts, cut at `length`.
         lengths: where state bytes and speed are measured.
@@ -212,8 +214,11 @@ def score(
         quick=quick, speed=speed, lengths=lengths, length=length, tokens=tokens, scales=tuple(scales),
         examples=examples, dtype=dtype, seed=seed,
     )  # fmt: skip
-    teacher_model, teacher_tokenizer = resolve_model(teacher, teacher=True)
-    models, found, hashes = {"teacher": teacher_model}, [teacher_tokenizer], {}
+    models: dict[str, Any] = {}
+    found, hashes = [], {}
+    if teacher is not None:
+        models["teacher"], own = resolve_model(teacher, teacher=True)
+        found.append(own)
     for role, given in (("untrained", untrained), ("student", student), ("window_baseline", window_baseline)):
         if given is not None:
             models[role], own = resolve_model(given)
@@ -222,16 +227,10 @@ def score(
                 hashes[role] = hash_of(given, models[role])
     check_tasks(models)
     tokenizer = one_tokenizer(tokenizer, found)
-    sample, rows_NL, sentences = {"tokens": plan.tokens, "length": length, "seed": seed}, torch.empty(0, 0), None
-    if teacher_model.config.task == "sentence-embedding":
-        limits = [limit for model in models.values() if (limit := position_limit(model)) is not None]
-        sample["length"] = min([length, *limits])
-        sentences, about = sample_sentences(data, tokenizer, **sample)
-    else:
-        rows_NL, about = sample_rows(data, tokenizer, **sample)
+    sample, about = sample_of(models, data, tokenizer, tokens=plan.tokens, length=length, quick=quick, seed=seed)
     with _progress(progress) as step:
-        result = _Measuring(models, tokenizer, rows_NL, plan, step, sentences).run(train_info, names)
-    result.data, result.command, result.task = about, command, teacher_model.config.task
+        result = _Measuring(models, tokenizer, sample, plan, step).run(train_info, names)
+    result.data, result.command, result.task = about, command, models["student"].config.task
     result.date = datetime.now(UTC).isoformat(timespec="seconds")
     for role, sha256 in hashes.items():
         result.rows[[row["role"] for row in result.rows].index(role)]["weights_sha256"] = sha256
@@ -266,14 +265,13 @@ class _Measuring:
         self,
         models: dict[str, Any],
         tokenizer: Any,
-        rows_NL: Tensor,
+        sample: Any,
         plan: _Plan,
         step: Any,
-        sentences: list[list[int]] | None = None,
     ) -> None:
-        self.sentences = sentences
-        self.models, self.tokenizer, self.rows_NL, self.plan, self.step = models, tokenizer, rows_NL, plan, step
-        self.teacher = models["teacher"]
+        self.sample, self.rows_NL = sample, sample  # rows, where the task is one of text
+        self.models, self.tokenizer, self.plan, self.step = models, tokenizer, plan, step
+        self.teacher: Any = models.get("teacher")
         self.others = {role: model for role, model in models.items() if role != "teacher"}
         self.dtype = DTYPES[plan.dtype]
         self.rows: dict[str, dict[str, Any]] = {role: dict.fromkeys(ROW_KEYS) for role in models}
@@ -282,7 +280,7 @@ class _Measuring:
     def run(self, train_info: Mapping[str, Any] | None, names: Mapping[str, str] | None) -> Score:
         """Measure everything that this kind of model has."""
         for role, model in self.models.items():
-            spent = _spent(train_info, role)
+            spent = spent_on(train_info, role)
             self.rows[role] |= {
                 "name": (names or {}).get(role) or model_name(model, role),
                 "role": role,
@@ -291,25 +289,37 @@ class _Measuring:
                 "train_tokens": spent.get("tokens"),
                 "train_cpu_seconds": spent.get("cpu_seconds"),
             }
-        if self.sentences is not None:
-            self.embeddings(self.sentences)
-        else:
-            self.predictions()
-        if self.teacher.config.task == "causal-lm":
+        task = self.models["student"].config.task
+        quality = {"sentence-embedding": self.embeddings, "image-classification": self.images}
+        quality.get(task, self.predictions)()
+        if task == "causal-lm":
             self.branches()
             self.continuations()
             self.recall()
             self.state_bytes()
             if self.plan.speed_lengths:
                 self.speed()
-        device = self.teacher.device
+        device = self.models["student"].device
         return Score(
             [_finite(self.rows[role]) for role in ROLES if role in self.rows],
             versions=versions(), machine=machine(device, self.dtype), notes=self.notes,
         )  # fmt: skip
 
-    def embeddings(self, sentences: list[list[int]]) -> None:
+    def images(self) -> None:
+        """Accuracy, agreement, KL of all models on the same images, and how many a second they read."""
+        on_batch = _counting(self.step("images", len(self.sample)))
+        for role, found in compare_images(
+            self.teacher, self.others, self.sample, dtype=self.dtype, on_batch=on_batch
+        ).items():
+            self.rows[role] |= found.row()
+        if self.plan.speed_lengths:
+            timed = {role: model for role, model in self.models.items() if role != "untrained"}
+            for role, speed in image_speed(timed, dtype=self.dtype).items():
+                self.rows[role] |= speed
+
+    def embeddings(self) -> None:
         """Cosine, Spearman and neighbours of all models on the same sentences."""
+        sentences = self.sample
         on_batch = _counting(self.step("sentence embeddings", len(sentences) * len(self.models)))
         found = compare_embeddings(
             self.teacher, self.others, sentences, tokenizer=self.tokenizer, dtype=self.dtype, on_batch=on_batch
@@ -432,15 +442,3 @@ def _counting(advance: Any) -> Any:
         before[0] = done
 
     return on_batch
-
-
-def _spent(info: Mapping[str, Any] | None, role: str) -> dict[str, Any]:
-    if info is None:
-        return {}
-    if not isinstance(info, Mapping) or not set(info) & set(ROLES):
-        info = {"student": info}
-    given = info.get(role)
-    if given is None:
-        return {}
-    get = given.get if isinstance(given, Mapping) else lambda name: getattr(given, name, None)
-    return {name: get(name) for name in ("tokens", "cpu_seconds")}

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ConfigError, DataError
+from zoo.train.measure import position_limit
 
-SCORED_TASKS = ("causal-lm", "masked-lm", "sentence-embedding")
+ROLES = ("teacher", "untrained", "student", "window_baseline")
+SCORED_TASKS = ("causal-lm", "masked-lm", "sentence-embedding", "image-classification")
 
 
 def resolve_model(given: Any, *, teacher: bool = False) -> tuple[Any, Any]:
@@ -83,9 +85,11 @@ def _folder_tokenizer(folder: Path) -> Any:
 
 def check_tasks(models: Mapping[str, Any]) -> None:
     """Raise ConfigError for a task that has no score, or a model with another task than its teacher's."""
-    task = models["teacher"].config.task
+    task = models.get("teacher", models["student"]).config.task
     if task not in SCORED_TASKS:
         raise ConfigError(f"there is no score for task {task!r}; there is for {', '.join(SCORED_TASKS)}")
+    if "teacher" not in models and task != "image-classification":
+        raise ConfigError(f"a {task} is scored against its teacher; name one")
     for role, model in models.items():
         if model.config.task != task:
             raise ConfigError(
@@ -108,6 +112,21 @@ def one_tokenizer(given: Any, found: Sequence[Any]) -> Any:
             f"{token!r}); KL needs the same tokens on both sides"
         )
     return known[0]
+
+
+def sample_of(
+    models: Mapping[str, Any], data: Any, tokenizer: Any, *, tokens: int, length: int, quick: bool, seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """What is scored, and its description: rows of token ids, texts of any length, or images, by the models' task."""
+    from zoo.train.image_score import sample_images
+
+    task = models["student"].config.task
+    if task == "image-classification":
+        return sample_images(data, models, quick=quick, seed=seed)
+    if task == "sentence-embedding":
+        limits = [limit for model in models.values() if (limit := position_limit(model)) is not None]
+        return sample_sentences(data, tokenizer, tokens=tokens, length=min([length, *limits]), seed=seed)
+    return sample_rows(data, tokenizer, tokens=tokens, length=length, seed=seed)
 
 
 def sample_rows(data: Any, tokenizer: Any, *, tokens: int, length: int, seed: int) -> tuple[Tensor, dict[str, Any]]:
@@ -187,3 +206,16 @@ def sample_sentences(
         about = {"source": Path(describe(data)).name, "rows_from": "texts", "seed": seed}
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     return rows, {**about, "rows": len(rows), "length": length, "tokens": sum(map(len, rows)), "sha256": digest}
+
+
+def spent_on(info: Mapping[str, Any] | None, role: str) -> dict[str, Any]:
+    """`tokens` and `cpu_seconds` of a role in what `score` is given as `train_info`; {} where nothing is known."""
+    if info is None:
+        return {}
+    if not isinstance(info, Mapping) or not set(info) & set(ROLES):
+        info = {"student": info}
+    given = info.get(role)
+    if given is None:
+        return {}
+    get = given.get if isinstance(given, Mapping) else lambda name: getattr(given, name, None)
+    return {name: get(name) for name in ("tokens", "cpu_seconds")}

@@ -31,7 +31,7 @@ def score(
         list[str] | None,
         typer.Option(
             metavar="FILES",
-            help="Text it was not trained on: files, globs, or hf:NAME. Default: what its run held out.",
+            help="Text or images it was not trained on: files, globs, or hf:NAME. Default: what its run held out.",
         ),
     ] = None,
     untrained: Annotated[
@@ -62,13 +62,14 @@ def score(
         from zoo.models.create import read_config
 
         config = read_config(folder)
-        teacher = against or (config.origin or {}).get("source")
-        if not teacher:
+        teacher = against or (config.origin or {}).get("source") or _recipe(folder).get("teacher")
+        if not teacher and config.task != "image-classification":
             raise ConfigError(f"{folder}: does not say what it was made from; name the teacher with --against")
-        source = data_source(data or [])
-        source = _held_out(folder) if source is None else source
+        images = config.task == "image-classification"
+        source = data[0] if images and data and len(data) == 1 else data_source(data or [])
+        source = _held_out(folder, images) if source is None else source
         if source is None:
-            raise DataError(f"{folder}: no run here that held text out; name some with --data")
+            raise DataError(f"{folder}: no run here that held anything out; name data with --data")
         words = None if tokenizer is None else load_tokenizer(folder, tokenizer)
         quiet_libraries()
         from zoo.train.score import score as measure
@@ -76,7 +77,7 @@ def score(
         initial = untrained or (folder / "initial" if (folder / "initial" / "config.json").is_file() else None)
         result = measure(
             str(folder),
-            teacher=str(teacher),
+            teacher=None if not teacher else str(teacher),
             untrained=None if initial is None else str(initial),
             window_baseline=None if window is None else str(window),
             data=source,
@@ -98,17 +99,27 @@ def score(
     say(f"saved in {out or folder}: score.json, and plots where matplotlib is installed")
 
 
-def _held_out(folder: Path) -> Any:
-    """The documents that the run in a folder did not train on, or None where no run is recorded."""
-    from zoo.errors import DataError
-    from zoo.text import split_documents
+def _recipe(folder: Path) -> dict[str, Any]:
+    """The recipe that was run in a folder, or {}."""
     from zoo.train.folder import read_json
 
-    recipe = read_json(folder / "run.json").get("recipe") or {}
+    return read_json(folder / "run.json").get("recipe") or {}
+
+
+def _held_out(folder: Path, images: bool = False) -> Any:
+    """The documents or images that the run in a folder did not train on, or None where no run is recorded."""
+    from zoo.errors import DataError
+    from zoo.text import split_documents
+
+    recipe = _recipe(folder)
     names = recipe.get("data")
     if not names or not recipe.get("held_out"):
         return None
     source = names if isinstance(names, str) else [Path(name) for name in names]
+    if images:
+        from zoo.images import open_images, split_images
+
+        return split_images(open_images(source), recipe["held_out"], recipe["seed"])[1]
     held_out = split_documents(source, recipe["held_out"], recipe["seed"])[1]
     if next(iter(held_out), None) is None:
         raise DataError(f"{folder}: its run held out none of the few documents in {names!r}; name others with --data")

@@ -54,8 +54,10 @@ def run_recipe(recipe: str, overrides: list[str], overwrite: bool, as_json: bool
         print_json(summary)
         return
     print_stages(summary)
-    score = f"zoo score {loaded.out}, or " if loaded.teacher else ""
-    say(f"saved in {loaded.out}; next: {score}zoo generate {loaded.out} --prompt TEXT")
+    images = result.model.config.task == "image-classification"
+    score = [f"zoo score {loaded.out}"] if loaded.teacher or images else []
+    follows = ", or ".join([*score, *([] if images else [f"zoo generate {loaded.out} --prompt TEXT"])])
+    say(f"saved in {loaded.out}; next: {follows}")
 
 
 def print_stages(summary: dict[str, Any]) -> None:
