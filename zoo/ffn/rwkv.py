@@ -9,7 +9,7 @@ one, 1 - mu, as published. The state is the last input.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -36,6 +36,11 @@ class RWKVChannelMixConfig(FFNOptions):
     version: Literal[4, 6, 7]
     hidden_size: int | None = Field(None, ge=1, le=1 << 20)
 
+    def resolved(self, width: int) -> Self:
+        """With the published size written out."""
+        usual = max(32, int(3.5 * width) // 32 * 32) if self.version == 6 else 4 * width
+        return self.model_copy(update={"hidden_size": self.hidden_size or usual})
+
 
 @register_ffn("rwkv_channel_mix")
 class RWKVChannelMix(ChannelMixer):
@@ -46,8 +51,7 @@ class RWKVChannelMix(ChannelMixer):
     def __init__(self, config: RWKVChannelMixConfig, width: int) -> None:
         super().__init__()
         self.config, self.width = config, width
-        usual = max(32, int(3.5 * width) // 32 * 32) if config.version == 6 else 4 * width
-        hidden = config.hidden_size or usual
+        hidden: Any = config.resolved(width).hidden_size
         self.shift_k = nn.Parameter(torch.empty(width))
         self.key = Linear(width, hidden, bias=False)
         self.value = Linear(hidden, width, bias=False)

@@ -47,6 +47,10 @@ class RWKV4Config(MixerOptions):
     out_bias: bool = False
     causal: bool = True
 
+    def resolved(self, width: int) -> Self:
+        """With the number of channels written out."""
+        return self.model_copy(update={"inner_dim": self.inner_dim or width})
+
 
 @register_mixer("rwkv4")
 class RWKV4(SequenceMixer):

@@ -21,7 +21,7 @@ outputs in W_o; softmax features on r and k keep the products positive, as in `g
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,12 @@ class RWKV7Config(RWKVOptions):
     gate_rank: int | None = Field(None, ge=1, le=4096)
     value_residual: bool = True
 
+    def resolved(self, width: int) -> Self:
+        """With the sizes of the bottlenecks written out."""
+        factors = {"decay_rank": 2.5, "rate_rank": 2.5, "value_rank": 1.7, "gate_rank": 5}
+        sizes = {key: getattr(self, key) or rank(width, factor) for key, factor in factors.items()}
+        return super().resolved(width).model_copy(update=sizes)
+
 
 def rank(width: int, factor: float) -> int:
     """The authors' rule for the size of a bottleneck."""
@@ -74,17 +80,17 @@ class RWKV7(RWKVMixer):
 
     def __init__(self, config: RWKV7Config, width: int, own_projections: bool = True) -> None:
         super().__init__(config, width, own_projections)
-        c, keys, values = config, config.kv_heads * config.head_dim, config.kv_heads * config.value_dim
+        keys, values = config.kv_heads * config.head_dim, config.kv_heads * config.value_dim
+        c: Any = config.resolved(width)
         self.shift_MD = nn.Parameter(torch.empty(len(USES), width))
-        self.decay_proj = Bottleneck(width, c.decay_rank or rank(width, 2.5), keys, "tanh")
-        self.a_proj = Bottleneck(width, c.rate_rank or rank(width, 2.5), keys)
+        self.decay_proj = Bottleneck(width, c.decay_rank, keys, "tanh")
+        self.a_proj = Bottleneck(width, c.rate_rank, keys)
         self.a_bias = nn.Parameter(torch.empty(keys))
         if c.value_residual:
-            self.residual_proj = Bottleneck(width, c.value_rank or rank(width, 1.7), values)
+            self.residual_proj = Bottleneck(width, c.value_rank, values)
             self.residual_bias = nn.Parameter(torch.empty(values))
         if c.gate:
-            gate_rank = c.gate_rank or rank(width, 5)
-            self.g_proj = Bottleneck(width, gate_rank, c.num_heads * c.value_dim, "sigmoid")
+            self.g_proj = Bottleneck(width, c.gate_rank, c.num_heads * c.value_dim, "sigmoid")
         self.removal_GK = nn.Parameter(torch.empty(c.kv_heads, c.head_dim))  # xi; k_k in the authors' code
         self.rate_share_GK = nn.Parameter(torch.empty(c.kv_heads, c.head_dim))  # alpha; k_a
         self.bonus_HK = nn.Parameter(torch.empty(c.num_heads, c.head_dim))  # rho; r_k

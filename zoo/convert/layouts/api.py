@@ -150,18 +150,18 @@ def export_model(
 
 def family_for(config: ZooConfig, layout: str) -> tuple[Family, dict[str, Any]]:
     """The family of a layout that can express a config, with their config. Raises ExportError; see `export_model`."""
-    reasons = []
-    for family in families(layout):
+    reasons, used = [], set(config.mixer_names)
+    for family in (f for f in families(layout) if used <= set(f.mixers)):
         try:
             return family, expressed(family, config)
         except ExportError as error:
             reasons.append(f"{family.name}: {error}")
     others = sorted({f.layout for f in families() if f.layout != layout and _can(f, config)})
-    mixers = ", ".join(sorted(set(config.mixer_names)))
-    reasons.sort(key=lambda reason: not reason.startswith(f"{config.origin.get('family')}: "))
-    near = [r for r in reasons if "has no" not in r] or [f"nothing there has layers of {mixers}"]
+    origin = f"{config.origin.get('family')}: "
+    reasons.sort(key=lambda r: (not r.startswith(origin), "no class to write back to" in r))  # the nearest miss first
+    near = reasons or [f"nothing there has layers of {', '.join(sorted(used))}"]
     hint = f"; layouts that can: {', '.join(others)}" if others else "; no other layout can either, keep it as it is"
-    raise ExportError(f"layout {layout!r} cannot express this model ({'; '.join(near[:3])}){hint}")
+    raise ExportError(f"layout {layout!r} cannot express this model ({'; '.join(near[:5])}){hint}")
 
 
 def expressed(family: Family, config: ZooConfig) -> dict[str, Any]:

@@ -155,6 +155,8 @@ def resolved(config: ZooConfig) -> dict[str, Any]:
     spec = config.spec
     silent = set().union(*_OF_TASK.values()) - _OF_TASK[spec.task]
     plain = {key: value for key, value in spec.plain().items() if key not in silent}
+    if spec.positions == "none":  # then it limits nothing
+        del plain["max_position_embeddings"]
     for layer, options in zip(plain["layers"], spec.layers, strict=True):
         layer["mixer"] = options.mixer.resolved(spec.hidden_size).plain()
         if options.ffn is not None:

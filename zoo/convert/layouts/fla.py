@@ -130,14 +130,15 @@ class FlaFamily(Family):
 
     def config(self, config: ZooConfig) -> dict[str, Any]:
         layer = one_layer(config)
-        if layer.ffn is None or getattr(layer.ffn, "hidden_size", None) is None:
-            raise ExportError("layers.0.ffn: has no size")
+        size = None if layer.ffn is None else getattr(layer.ffn.resolved(config.hidden_size), "hidden_size", None)
+        if size is None:
+            raise ExportError(f"layers.0.ffn: {layer.ffn and layer.ffn.name!r}, where the layout has one hidden size")
         return {
             "architectures": [self.about],
             "model_type": self.model_type,
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
-            "intermediate_size": layer.ffn.hidden_size,
+            "intermediate_size": size,
             "num_hidden_layers": config.num_hidden_layers,
             "hidden_act": self.activation,
             "max_position_embeddings": config.max_position_embeddings,
