@@ -18,5 +18,17 @@ def _same_every_time():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def poisoned_room():
+    """`torch.empty` and its kin give NaN (whole numbers: the largest) instead of whatever stands in memory.
+
+    A place that an op forgets to write, or a parameter that nothing initialises, then shows.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def pytest_configure(config):
     torch.set_num_threads(1)

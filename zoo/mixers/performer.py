@@ -39,10 +39,9 @@ from zoo.mixers.qkv import Inputs, QKVOptions
 from zoo.mixers.recurrent import RecurrentMixer, two_sided
 from zoo.ops.backends import no_autocast
 from zoo.ops.padding import segment_runs
+from zoo.ops.random_features import LEAST, LOWEST, random_feature_attention
 from zoo.registry import register_mixer
 
-LOWEST = -1e30  # the running maximum before the first key; finite, so that differences are
-LEAST = 1e-30  # what a sum of weights is at least: sums of stabilised features may be small and right
 DEFAULT_EPS = {"softmax": 1e-4, "relu": 1e-3}  # those of the authors' code
 
 
@@ -108,6 +107,11 @@ class Performer(RecurrentMixer):
     def mix(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         c = self.config
         self._count_step()
+        if not c.causal and inputs.segments_BL is None:
+            return random_feature_attention(
+                q_BHLK, k_BGLK, v_BGLV, self.projection_MK,
+                kernel=c.kernel, scale=c.softmax_scale, eps=c.feature_eps, mask_BL=inputs.mask_BL,
+            ), {}  # fmt: skip
         with no_autocast(q_BHLK):
             if c.kernel == "relu":
                 q, k = (self._project(x)[0].relu() + c.feature_eps for x in (q_BHLK, k_BGLK))
@@ -121,7 +125,7 @@ class Performer(RecurrentMixer):
             q = (q_dash - q_dash.amax(-1, keepdim=True).detach()).exp()
             k_log = k_dash - k_half
             log_decay, tensors = None, {}
-            if c.causal and inputs.segments_BL is None:
+            if inputs.segments_BL is None:
                 peak, log_decay = _running_max(k_log, inputs)
                 tensors = {} if inputs.state is None else {"peak": peak[:, :, -1]}
             else:
@@ -137,7 +141,7 @@ class Performer(RecurrentMixer):
     def _sum(
         self, q_BHLM: Tensor, k_BGLM: Tensor, v_BGLV: Tensor, log_decay_BGL: Tensor | None, inputs: Inputs
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted mean of the values, over the past or over everything."""
+        """The weighted mean of the values, over the past or over a packed sequence."""
         mask_BL, state, V = inputs.mask_BL, inputs.state, v_BGLV.shape[-1]
         if self.config.causal:
             y_BHLV, final = ops.linear_recurrence(
@@ -147,14 +151,7 @@ class Performer(RecurrentMixer):
             )  # fmt: skip
             return y_BHLV, {} if final is None else {"kv": final}
         value = nn.functional.pad(v_BGLV, (0, 1), value=1.0).to(q_BHLM.dtype)  # the last column sums the weights
-        if inputs.segments_BL is not None:
-            y = two_sided(q_BHLM, k_BGLM, value, inputs)
-        else:
-            if mask_BL is not None:
-                k_BGLM = k_BGLM.masked_fill(~mask_BL[:, None, :, None], 0)
-            y = (q_BHLM.unflatten(1, (k_BGLM.shape[1], -1)).flatten(2, 3) @ (k_BGLM.mT @ value)).view(
-                *q_BHLM.shape[:3], V + 1
-            )
+        y = two_sided(q_BHLM, k_BGLM, value, inputs)
         return (y[..., :V] / y[..., V:].clamp(min=LEAST)).to(v_BGLV.dtype), {}
 
     def mix_state(self, batch_size: int, device: Any, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -224,12 +221,11 @@ def _running_max(log_BGLM: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _sequence_max(log_BGLM: Tensor, inputs: Inputs) -> Tensor:
-    """The largest value in each position's own sequence, over all features: (B, G, L), or (B, G, 1) without packing."""
+    """The largest value in each position's own packed sequence, over all features: (B, G, L)."""
+    assert inputs.segments_BL is not None
     top_BGL = log_BGLM.amax(-1)
     if inputs.mask_BL is not None:
         top_BGL = top_BGL.masked_fill(~inputs.mask_BL[:, None], LOWEST)
-    if inputs.segments_BL is None:
-        return top_BGL.amax(-1, keepdim=True)
     runs_BGL = segment_runs(inputs.segments_BL, inputs.mask_BL)[:, None].expand_as(top_BGL)
     lowest = torch.full_like(top_BGL, LOWEST)
     return lowest.scatter_reduce(-1, runs_BGL, top_BGL, "amax").gather(-1, runs_BGL)

@@ -13,12 +13,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from zoo.errors import ConfigError
 from zoo.ops.backends import dispatch, no_autocast, register_backend
 from zoo.ops.padding import invert, right_align, segment_runs, take
 
 OP = "long_conv"
+_ROOM = 1 << 17  # numbers at a time on a CPU: half a megabyte in float32
 
 
 def long_conv(
@@ -96,13 +98,60 @@ def _by_segment(x_BLE, kernel, back, mask_BL, segments_BL, backend) -> Tensor:
 
 @register_backend(OP, "torch")
 def _torch(x_BLE: Tensor, kernel_ET: Tensor, back_ET: Tensor | None) -> Tensor:
-    L = x_BLE.shape[1]
-    size = fast_length(2 * L - 1)
+    return _Convolution.apply(x_BLE, kernel_ET, back_ET)
+
+
+class _Convolution(torch.autograd.Function):
+    """Some channels at a time, so that on a CPU their spectra stay in the cache; the gradient makes them again.
+
+    The transform of what is real is half as long in either direction, which autograd's own gradients do not use.
+    """
+
+    @staticmethod
+    def forward(ctx, x_BLE: Tensor, kernel_ET: Tensor, back_ET: Tensor | None) -> Tensor:
+        B, L, E = x_BLE.shape
+        size, y_BEL = fast_length(2 * L - 1), x_BLE.new_empty(B, E, L)
+        for part in _parts(x_BLE, size):
+            spectrum = torch.fft.rfft(x_BLE[..., part].mT, n=size) * _kernel_spectrum(kernel_ET, back_ET, part, size)
+            y_BEL[:, part] = torch.fft.irfft(spectrum, n=size)[..., :L]
+        ctx.save_for_backward(x_BLE, kernel_ET, back_ET)
+        return y_BEL.mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_BLE: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x_BLE, kernel_ET, back_ET = ctx.saved_tensors
+        (B, L, E), size = x_BLE.shape, fast_length(2 * x_BLE.shape[1] - 1)
+        dx_BEL, dkernel_ET = x_BLE.new_empty(B, E, L), torch.empty_like(kernel_ET)
+        dback_ET = None if back_ET is None else torch.empty_like(back_ET)
+        with no_autocast(x_BLE):
+            for part in _parts(x_BLE, size):
+                dy = torch.fft.rfft(dy_BLE[..., part].mT, n=size)
+                spectrum = dy * _kernel_spectrum(kernel_ET, back_ET, part, size).conj()
+                dx_BEL[:, part] = torch.fft.irfft(spectrum, n=size)[..., :L]
+                spectrum = (dy * torch.fft.rfft(x_BLE[..., part].mT, n=size).conj()).sum(0)
+                around = torch.fft.irfft(spectrum, n=size)
+                dkernel_ET[part] = around[:, : kernel_ET.shape[1]]
+                if back_ET is not None and dback_ET is not None:
+                    dback_ET[part] = around[:, size - back_ET.shape[1] :].flip(1)
+        return dx_BEL.mT, dkernel_ET, dback_ET
+
+
+def _kernel_spectrum(kernel_ET: Tensor, back_ET: Tensor | None, part: slice, size: int) -> Tensor:
+    kernel = kernel_ET[part]
     if back_ET is not None:  # what lies ahead is at negative distances, which on a circle are those before its end
-        kernel_ET = F.pad(kernel_ET, (0, size - kernel_ET.shape[1]))
-        kernel_ET = kernel_ET + F.pad(back_ET.flip(1), (size - back_ET.shape[1], 0))
-    spectrum = torch.fft.rfft(x_BLE.transpose(1, 2), n=size) * torch.fft.rfft(kernel_ET, n=size)
-    return torch.fft.irfft(spectrum, n=size)[..., :L].transpose(1, 2)
+        back = back_ET[part]
+        kernel = F.pad(kernel, (0, size - kernel.shape[1])) + F.pad(back.flip(1), (size - back.shape[1], 0))
+    return torch.fft.rfft(kernel, n=size)
+
+
+def _parts(x_BLE: Tensor, size: int) -> list[slice]:
+    """The channels in parts; all at once on a GPU and in one graph."""
+    B, _, E = x_BLE.shape
+    if x_BLE.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(0, E)]
+    step = max(16, _ROOM // (B * size))
+    return [slice(start, min(start + step, E)) for start in range(0, E, step)]
 
 
 def fast_length(size: int) -> int:

@@ -9,14 +9,18 @@ A query meets itself only where it meets nobody else. Rounds are combined by the
 that is met in several rounds counts several times, as in the published models (the paper's formula divides by that).
 
 Shapes: B batch, H heads, L positions, K and V head sizes, R hash rounds, N chunks of C positions a round, X = B * H
-heads of the whole batch, J positions that a chunk sees, S positions so far (decoding).
+heads of the whole batch, J positions that a chunk sees, Q chunks of all heads and rounds, P positions of all heads, S
+positions so far (decoding).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from zoo.errors import ConfigError
 from zoo.ops.backends import no_autocast
@@ -24,6 +28,8 @@ from zoo.ops.padding import invert, take
 
 ITSELF = -1e5  # the score of a position with itself: of no weight as soon as there is another one
 _BEHIND = 1 << 62  # sorts behind every bucket
+_HASHED_AT_ONCE = 1 << 20  # numbers of rotations times positions in one go on a CPU
+_ROOM = 1 << 18  # scores in one go on a CPU
 _SORTED_AT_ONCE = 1 << 22  # numbers that `lsh_decode` sorts in one go
 
 
@@ -39,8 +45,15 @@ def hash_buckets(x_BHLK: Tensor, rotations_HKRM: Tensor, sizes: tuple[int, ...])
     the lowest; so many buckets take few random directions.
     """
     rotations = rotations_HKRM.to(torch.promote_types(x_BHLK.dtype, torch.float32))
+    L, at_once = x_BHLK.shape[2], max(1, _HASHED_AT_ONCE // (len(x_BHLK) * rotations[0].numel()))
+    whole = x_BHLK.device.type != "cpu" or torch.compiler.is_compiling()
     with no_autocast(x_BHLK):
-        turned_BHLRM = torch.einsum("bhlk,hkrm->bhlrm", x_BHLK.detach().to(rotations.dtype), rotations)
+        pieces = x_BHLK.detach().to(rotations.dtype).split(L if whole else at_once, 2)
+        return torch.cat([_buckets(x, rotations, sizes) for x in pieces], 2)
+
+
+def _buckets(x_BHLK: Tensor, rotations_HKRM: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    turned_BHLRM = torch.einsum("bhlk,hkrm->bhlrm", x_BHLK, rotations_HKRM)
     bucket, base = torch.zeros_like(turned_BHLRM[..., 0], dtype=torch.long), 1
     for part in turned_BHLRM.split([size // 2 for size in sizes], -1):
         bucket = bucket + base * torch.cat([part, -part], -1).argmax(-1)
@@ -87,19 +100,17 @@ def lsh_attention(
     own_XNC = order_XRT.flatten(1).unflatten(1, (r * n, chunk))
     look_XNJ = _ring(ends_X, n, r, chunk, before, after)
     seen_XNJ = take(own_XNC, look_XNJ.flatten(1), 1).view(b * h, r * n, -1)
+    ids: tuple[Tensor, ...] = ()
+    if not across_buckets:
+        numbered_XRT = buckets_XRT.gather(2, order_XRT) * r + torch.arange(r, device=x.device)[:, None]
+        sorted_XNC = numbered_XRT.view(b * h, r * n, chunk)
+        ids = sorted_XNC.flatten(0, 1), take(sorted_XNC, look_XNJ.flatten(1), 1).view(b * h * r * n, -1)
     with no_autocast(x):
-        visible = (seen_XNJ < ends_X[:, None, None])[:, :, None]
-        if causal:
-            visible = visible & (seen_XNJ[:, :, None] <= own_XNC[..., None])
-        if not across_buckets:
-            numbered_XRT = buckets_XRT.gather(2, order_XRT) * r + torch.arange(r, device=x.device)[:, None]
-            sorted_XNC = numbered_XRT.view(b * h, r * n, chunk)
-            other_XNJ = take(sorted_XNC, look_XNJ.flatten(1), 1).view(b * h, r * n, -1)
-            visible = visible & (sorted_XNC[..., None] == other_XNJ[:, :, None])
-        keys, values = (take(y, seen_XNJ.flatten(1), 1).unflatten(1, (r * n, -1)) for y in (unit_rms(x), v))
-        queries = take(x, own_XNC.flatten(1), 1).unflatten(1, (r * n, chunk))
-        itself = own_XNC[..., None] == seen_XNJ[:, :, None]
-        y_XNCV, total_XNC = _attend(queries, keys, values, k**-0.5 if scale is None else scale, visible, itself)
+        sequence_Q1 = torch.arange(b * h, device=x.device).repeat_interleave(r * n)[:, None]
+        pairs = Pairs(own_XNC.flatten(0, 1), seen_XNJ.flatten(0, 1), T * sequence_Q1, ends_X[sequence_Q1], causal, ids)
+        rows = (y.flatten(0, 1) for y in (x, unit_rms(x), v))
+        y_QCV, total_QC = _Chunks.apply(*rows, pairs, k**-0.5 if scale is None else scale)
+        y_XNCV, total_XNC = (y.unflatten(0, (b * h, r * n)) for y in (y_QCV, total_QC))
         back_XT = (invert(order_XRT) + T * torch.arange(r, device=x.device)[:, None]).flatten(1)
         y_XRTV = take(y_XNCV.flatten(1, 2), back_XT, 1).unflatten(1, (r, T))
         if r > 1:
@@ -185,11 +196,83 @@ def _decode_part(x_BHLK, k_BHSK, v_BHSV, seen: Tensor, exists: Tensor, at_L: Ten
     return y[:, :, 0].unflatten(0, (b, h)).to(dtype)
 
 
+class Pairs(NamedTuple):
+    """Who may meet whom: for each of Q chunks the places of its C queries and of the J keys it looks at.
+
+    first_Q1: the row of the chunk's sequence among all rows; ends_Q1: how many of its places are real.
+    ids: queries and keys meet if these are equal, (Q, C) and (Q, J); () for no such rule.
+    """
+
+    own_QC: Tensor
+    seen_QJ: Tensor
+    first_Q1: Tensor
+    ends_Q1: Tensor
+    causal: bool
+    ids: tuple[Tensor, ...]
+
+    def part(self, chosen: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows of queries and keys, and which pairs are visible and which are one position with itself (.., C, J)."""
+        own_QC, seen_QJ, first_Q1 = self.own_QC[chosen], self.seen_QJ[chosen], self.first_Q1[chosen]
+        visible = (seen_QJ < self.ends_Q1[chosen])[:, None]
+        if self.causal:
+            visible = visible & (seen_QJ[:, None] <= own_QC[..., None])
+        if self.ids:
+            visible = visible & (self.ids[0][chosen, :, None] == self.ids[1][chosen, None])
+        return own_QC + first_Q1, seen_QJ + first_Q1, visible, own_QC[..., None] == seen_QJ[:, None]
+
+
+class _Chunks(torch.autograd.Function):
+    """Attention of chunks to chunks, some at a time, so that on a CPU their scores stay in the cache; the gradient
+    makes them again. x, k and v are rows of all sequences; values (Q, C, V) and log-sum-exp of the scores (Q, C)."""
+
+    @staticmethod
+    def forward(ctx, x_PK: Tensor, k_PK: Tensor, v_PV: Tensor, pairs: Pairs, scale: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x_PK, k_PK, v_PV)
+        ctx.pairs, ctx.scale = pairs, scale
+        y_QCV, total_QC = v_PV.new_empty(*pairs.own_QC.shape, v_PV.shape[1]), v_PV.new_empty(pairs.own_QC.shape)
+        for part in _parts(pairs):
+            own, seen, visible, itself = pairs.part(part)
+            y_QCV[part], total_QC[part] = _attend(x_PK[own], k_PK[seen], v_PV[seen], scale, visible, itself)
+        return y_QCV, total_QC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_QCV: Tensor, dtotal_QC: Tensor) -> tuple[Tensor | None, ...]:
+        x_PK, k_PK, v_PV = ctx.saved_tensors
+        dx_PK, dk_PK, dv_PV = (torch.zeros_like(t) for t in (x_PK, k_PK, v_PV))
+        with no_autocast(x_PK):
+            for part in _parts(ctx.pairs):
+                own, seen, visible, itself = ctx.pairs.part(part)
+                q, k, v, dy = ctx.scale * x_PK[own], k_PK[seen], v_PV[seen], dy_QCV[part]
+                weights = _scores(q, k, visible, itself).softmax(-1)
+                dv_PV.index_add_(0, seen.flatten(), (weights.mT @ dy).flatten(0, 1))
+                dscores = dy @ v.mT
+                mean = torch.linalg.vecdot(weights, dscores)
+                dscores = dscores.sub_((mean - dtotal_QC[part])[..., None]).mul_(weights)
+                dscores = dscores.masked_fill_(itself | ~visible, 0)  # their scores are constants
+                dx_PK.index_add_(0, own.flatten(), (dscores @ (ctx.scale * k)).flatten(0, 1))
+                dk_PK.index_add_(0, seen.flatten(), (dscores.mT @ q).flatten(0, 1))
+        return dx_PK, dk_PK, dv_PV, None, None
+
+
+def _parts(pairs: Pairs) -> list[slice]:
+    """The chunks in parts; all at once on a GPU and in one graph."""
+    Q, C, J = len(pairs.own_QC), pairs.own_QC.shape[1], pairs.seen_QJ.shape[1]
+    if pairs.own_QC.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(0, Q)]
+    step = max(1, _ROOM // (C * J))
+    return [slice(start, min(start + step, Q)) for start in range(0, Q, step)]
+
+
 def _attend(q, k, v, scale: float, visible: Tensor, itself: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted values (..., C, V) and the log-sum-exp of the scores (..., C); finite also where nothing is visible."""
-    scores = ((scale * q) @ k.mT).masked_fill(itself, ITSELF).masked_fill(~visible, torch.finfo(q.dtype).min / 2)
-    # Not exp(scores - total): beside ITSELF a float32 total has but two decimals.
-    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+    scores = _scores(scale * q, k, visible, itself)
+    weights = scores.softmax(-1)  # not exp(scores - total): beside ITSELF a float32 total has but two decimals
+    return weights @ v, scores.amax(-1) - weights.amax(-1).log()
+
+
+def _scores(q, k, visible: Tensor, itself: Tensor) -> Tensor:
+    return (q @ k.mT).masked_fill_(itself, ITSELF).masked_fill_(~visible, torch.finfo(q.dtype).min / 2)
 
 
 def _sort(buckets: Tensor, real: Tensor) -> Tensor:
