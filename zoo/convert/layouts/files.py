@@ -21,7 +21,7 @@ from torch import Tensor
 from zoo.errors import CheckpointError
 
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -120,7 +120,7 @@ def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _slot(path: Path, name: str, value: Any, base: int) -> Slot:
     try:
-        dtype, shape = _DTYPES[value["dtype"]], tuple(value["shape"])
+        dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
         start, end = value["data_offsets"]
         whole = all(type(n) is int and 0 <= n < 1 << 48 for n in (*shape, start, end))
     except (KeyError, TypeError, ValueError):

@@ -6,7 +6,7 @@ Nothing is read before every name and shape fits. One entry is in memory beside 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from zoo.convert.layouts.family import Family
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mapping import Entry
 from zoo.convert.layouts.names import in_todays_names
+from zoo.convert.layouts.writing import TensorStream
 from zoo.errors import CheckpointError
 from zoo.models.backbone import ZooPreTrainedModel
 from zoo.models.heads import TASK_CLASSES
@@ -45,7 +46,8 @@ def load_entries(
     """The model of a config with a checkpoint's weights, in eval mode.
 
     dtype: of the weights; None: as they are stored. Parameters that must stay float32 do so. device_map: a device, a
-    mapping of module names to devices, or a strategy of accelerate such as "auto"; None: the CPU.
+    mapping of module names to devices, or a strategy of accelerate such as "auto"; None: the CPU. What is on "meta" is
+    checked and not read.
 
     Raises CheckpointError for the first tensor that is missing, surplus or of another shape than the config says.
     """
@@ -54,21 +56,42 @@ def load_entries(
     checkpoint = in_todays_names(family, config, checkpoint)
     entries = [e for e in family.entries_of(config, checkpoint) if _wanted(e, needed, checkpoint)]
     _check(family, config, entries, needed, checkpoint)
-    stored = _stored_dtype(entries, checkpoint) if dtype is None else dtype
-    model.config.dtype = stored
+    found = _stored_dtype(entries, checkpoint)
+    model.config.dtype = wanted = found if dtype is None else dtype
     keep = [re.compile(pattern) for pattern in model._keep_in_fp32_modules_strict or ()]
     devices = _devices(model, device_map)
     order = checkpoint.in_file_order(entry.theirs[0] for entry in entries)
     by_first = {entry.theirs[0]: entry for entry in entries}
     for first in order:
         entry = by_first[first]
-        for name, tensor in zip(entry.ours, entry.read([checkpoint.get(n) for n in entry.theirs]), strict=True):
-            wanted = torch.float32 if any(p.search(name) for p in keep) else stored
-            _put(model, name, tensor.to(wanted) if tensor.is_floating_point() else tensor, devices)
+        if all(str(_device_of(name, devices)) == "meta" for name in entry.ours):
+            continue
+        dtypes = [torch.float32 if any(p.search(name) for p in keep) else wanted for name in entry.ours]
+        # Room for what stays before what goes: freed in between, it would leave holes that the allocator keeps.
+        room = {n: torch.empty(needed[n].shape, dtype=d) for n, d in zip(entry.ours, dtypes, strict=True) if d != found}
+        unread: Any = _Unread(checkpoint, entry.theirs)
+        tensors = entry.read(unread)
+        for name, tensor, own in zip(entry.ours, tensors, dtypes, strict=True):
+            if tensor.is_floating_point():
+                tensor = room[name].copy_(tensor) if name in room else tensor.to(own)
+            _put(model, name, tensor, devices)
     _check_aliases(family, config, checkpoint)
     checkpoint.close()
     _finish(model, devices)
-    return _dispatched(model.eval(), device_map, devices)
+    return _dispatched(model.eval(), devices)
+
+
+class _Unread(Sequence[Tensor]):
+    """Tensors of a checkpoint, each read when it is asked for, so that an entry of many need not hold them all."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
+        self.checkpoint, self.names = checkpoint, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.checkpoint.get(self.names[i])
 
 
 def _wanted(entry: Entry, needed: dict[str, Tensor], checkpoint: Checkpoint) -> bool:
@@ -125,6 +148,9 @@ def _put(model: ZooPreTrainedModel, name: str, tensor: Tensor, devices: dict[str
 def _devices(model: ZooPreTrainedModel, device_map: Any) -> dict[str, Any]:
     if device_map is None:
         return {"": "cpu"}
+    places = device_map if isinstance(device_map, dict) else {"": device_map}
+    if "disk" in places.values():
+        raise CheckpointError("device_map: 'disk' is not a place for weights here; use a device, 'cpu' or 'meta'")
     if isinstance(device_map, dict):
         return device_map
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
@@ -167,8 +193,8 @@ def _finish(model: ZooPreTrainedModel, devices: dict[str, Any]) -> None:
     model.tie_weights()
 
 
-def _dispatched(model: ZooPreTrainedModel, device_map: Any, devices: dict[str, Any]) -> ZooPreTrainedModel:
-    if device_map is None or len(devices) == 1:
+def _dispatched(model: ZooPreTrainedModel, devices: dict[str, Any]) -> ZooPreTrainedModel:
+    if len({str(device) for device in devices.values()} - {"meta"}) < 2:
         return model
     from accelerate import dispatch_model
 
@@ -177,13 +203,14 @@ def _dispatched(model: ZooPreTrainedModel, device_map: Any, devices: dict[str, A
 
 def written_shapes(family: Family, config: ZooConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what `their_tensors` would give."""
-    return {name: tuple(t.shape) for name, t in _their_tensors(family, meta_model(config))}
+    return {name: tuple(t.shape) for name, t in _their_tensors(family, meta_model(config), torch.device("meta"))}
 
 
-@torch.no_grad()
-def their_tensors(family: Family, model: ZooPreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def their_tensors(family: Family, model: ZooPreTrainedModel) -> TensorStream:
     """A model's weights under their names, one entry at a time, then the fillers. Tensors are on the CPU."""
-    return ((name, _alone(tensor.cpu())) for name, tensor in _their_tensors(family, model))
+    described = dict(_their_tensors(family, model, torch.device("meta")))
+    held = _their_tensors(family, model, torch.device("cpu"))
+    return TensorStream(described, ((name, _alone(tensor)) for name, tensor in held))
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -191,11 +218,13 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _their_tensors(family: Family, model: ZooPreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def _their_tensors(family: Family, model: ZooPreTrainedModel, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     needed = needed_tensors(model)
     for entry in family.entries(model.config):
         if not entry.optional and all(name in needed for name in entry.ours):
-            pieces = entry.write([needed[name].detach() for name in entry.ours])
+            with torch.no_grad():
+                pieces = entry.write([needed[name].detach().to(device) for name in entry.ours])
             yield from zip(entry.theirs, pieces, strict=True)
+            del pieces
     for name, shape in family.fillers(model.config).items():
-        yield name, torch.zeros(shape, dtype=model.dtype, device=model.device)
+        yield name, torch.zeros(shape, dtype=model.dtype, device=device)

@@ -178,10 +178,12 @@ def each_transposed(theirs: list[str], ours: str) -> Entry:
     """A matrix (out, in) of each expert there, one stack (expert, in, out) here, written into it one by one."""
 
     def read(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        rows, columns = tensors[0].shape
-        stack = torch.empty(len(tensors), columns, rows, dtype=tensors[0].dtype)
-        for e in range(len(tensors)):
-            stack[e].copy_(tensors[e].T)
+        stack = None
+        for e, tensor in enumerate(tensors):  # read one by one
+            if stack is None:
+                stack = torch.empty(len(tensors), *reversed(tensor.shape), dtype=tensor.dtype)
+            stack[e].copy_(tensor.T)
+        assert stack is not None
         return [stack]
 
     return Entry(tuple(theirs), (ours,), read, lambda t: [one.T.contiguous() for one in t[0].unbind()])
@@ -353,7 +355,8 @@ class Qwen2Moe(ExpertDecoder):
         return ".mlp.shared_expert" in name  # of width 0; any other is read
 
     def fillers(self, config: ZooConfig) -> dict[str, tuple[int, ...]]:
-        D, found = config.hidden_size, {}
+        D = config.hidden_size
+        found: dict[str, tuple[int, ...]] = {}
         for i, layer in enumerate(config.spec.layers):
             if layer.ffn.name == "moe" and layer.ffn.shared_size is None:
                 place = f"model.layers.{i}.mlp.shared_expert"
