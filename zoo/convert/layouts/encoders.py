@@ -42,7 +42,7 @@ class Encoder(Family):
     """What the four have in common. prefix: of their classes' names. defaults, only: of their config's options."""
 
     layout = "transformers"
-    inert: tuple[str, ...] = ("classifier_dropout",)  # which is `hidden_dropout_prob` there
+    inert: ClassVar[tuple[str, ...]] = ("classifier_dropout",)  # which is `hidden_dropout_prob` there
     older = LAYER_NORM
     prefix: ClassVar[str]
     defaults: ClassVar[dict[str, Any]]
