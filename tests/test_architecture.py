@@ -16,7 +16,7 @@ SOURCES = sorted([*(ROOT / "zoo").rglob("*.py"), *(ROOT / "train").rglob("*.py")
 # registry finds mixers and how a command loads what it needs.
 LEVELS = [
     {"errors"},
-    {"yaml_files", "options"},
+    {"yaml_files", "options", "transformers_keys"},
     {"config", "patterns", "registry", "text", "images", "linear"},
     {"ops"},
     {"mixers", "ffn"},

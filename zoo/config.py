@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from transformers import PreTrainedConfig
 
 from zoo.errors import ConfigError, UnknownNameError, did_you_mean
@@ -28,6 +28,7 @@ from zoo.options import FFNOptions as FFNOptions
 from zoo.options import MixerOptions as MixerOptions
 from zoo.options import Options as Options
 from zoo.options import explain as explain
+from zoo.transformers_keys import NAMES, TransformersKeys
 
 MAX_LAYERS = 1024
 Size = Field(ge=1, le=1 << 20)
@@ -285,6 +286,15 @@ class ModelSpec(Options):
             values = {**values, "layers": expand_pattern(values["layers"])}
         return values
 
+    @field_validator("mlm_activation")
+    @classmethod
+    def _known_activation(cls, value: str) -> str:
+        from transformers.activations import ACT2FN
+
+        if value not in ACT2FN:
+            raise ValueError(f"unknown activation {value!r}{did_you_mean(value, ACT2FN)}")
+        return value
+
     @model_validator(mode="after")
     def _embedding_fits(self) -> Self:
         fields = type(self).model_fields
@@ -369,16 +379,6 @@ class ModelSpec(Options):
         return {**self.model_dump(mode="json", exclude={"layers"}), "layers": [layer.plain() for layer in self.layers]}
 
 
-# What transformers itself puts into a config.json; everything else that ModelSpec does not know is refused.
-_TRANSFORMERS_KEYS = {
-    "architectures", "attn_implementation", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
-    "eos_token_id", "id2label", "is_encoder_decoder", "label2id", "model_type", "name_or_path", "num_labels",
-    "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "sep_token_id",
-    "cls_token_id", "mask_token_id", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
-    "_attn_implementation", "_commit_hash", "_name_or_path",
-}  # fmt: skip
-
-
 class ZooConfig(PreTrainedConfig):
     """`ModelSpec` as a transformers config. Fields of the spec are attributes; `spec` gives them back typed."""
 
@@ -387,8 +387,9 @@ class ZooConfig(PreTrainedConfig):
     def __init__(self, **kwargs: Any) -> None:
         fields = set(ModelSpec.model_fields)
         for key in kwargs:
-            if key not in fields and key not in _TRANSFORMERS_KEYS:
-                raise ConfigError(f"{key}: unknown key{did_you_mean(key, sorted(fields | _TRANSFORMERS_KEYS))}")
+            if key not in fields and key not in NAMES:
+                raise ConfigError(f"{key}: unknown key{did_you_mean(key, sorted(fields | NAMES))}")
+        TransformersKeys.parse({k: v for k, v in kwargs.items() if k in NAMES})
         spec = ModelSpec.parse({k: v for k, v in kwargs.items() if k in fields})
         for key, value in spec.plain().items():
             object.__setattr__(self, key, value)

@@ -19,7 +19,7 @@ class Options(BaseModel):
     def parse(cls, values: dict[str, Any], path: str = "") -> Self:
         """Build from a dictionary. Raises ConfigError naming the path of the first wrong key."""
         if not isinstance(values, dict):
-            raise ConfigError(f"{path or cls.__name__}: expected a mapping of options, got {values!r}")
+            raise ConfigError(f"{path or cls.__name__}: expected a mapping of options, got {values!r:.200}")
         try:
             return cls(**values)
         except ValidationError as error:
@@ -62,7 +62,7 @@ def explain(error: ValidationError, cls: type[BaseModel], path: str = "") -> str
         return f"{where}{'.' if goes_on else ': '}{said}"  # an error from deeper down starts with its own path
     if problem["type"] == "missing":
         return f"{where}: this key is needed"
-    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r:.200}"
 
 
 def _keys_at(cls: type[BaseModel], loc: tuple) -> list[str]:

@@ -190,7 +190,7 @@ def _parse(value: Any, path: str, find: Callable[[str], type], base: type) -> An
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise ConfigError(f"{path}: expected a name or a mapping with 'name', got {value!r}")
+        raise ConfigError(f"{path}: expected a name or a mapping with 'name', got {value!r:.200}")
     return find(value["name"]).Config.parse(value, path)  # type: ignore[attr-defined]
 
 

@@ -41,20 +41,26 @@ def weight_files(folder: str | Path) -> list[Path]:
     Raises CheckpointError where there are none, one is missing, or the index leads out of the folder.
     """
     folder = Path(folder)
+    named = _indexed(folder / INDEX) if (folder / INDEX).is_file() else None
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
+    if named is None:
         raise CheckpointError(f"{folder}: no weights in it: neither {SINGLE} nor {INDEX}")
-    try:
-        named = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in named if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / INDEX}: not an index of weights: {error!r}") from None
-    if outside:
-        raise CheckpointError(f"{folder / INDEX}: weight file {outside[0]!r} lies outside the folder")
     if missing := [name for name in named if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder}: {missing[0]} is missing, which {INDEX} names; the folder is not complete")
     return [folder / name for name in named]
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names."""
+    try:
+        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in named if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not an index of weights: {error!r:.200}") from None
+    if outside:
+        raise CheckpointError(f"{index}: weight file {outside[0]!r} lies outside the folder")
+    return named
 
 
 def tensor_files(files: list[Path]) -> dict[str, Path]:
@@ -69,11 +75,36 @@ def tensor_files(files: list[Path]) -> dict[str, Path]:
     return found
 
 
+def weight_shapes(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type (as "F32") and shape of every tensor of a saved model, read from headers alone. Raises CheckpointError."""
+    found = {}
+    for name, file in tensor_files(weight_files(folder)).items():
+        with open_weights(file) as opened:
+            part = opened.get_slice(name)
+            found[name] = (part.get_dtype(), tuple(part.get_shape()))
+    return found
+
+
 def open_weights(file: Path) -> Any:
-    """A safetensors file, opened for reading. Raises CheckpointError where it is truncated or damaged."""
+    """A safetensors file, opened for reading. Raises CheckpointError where it is damaged or has a name twice."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(file, framework="pt")
+        opened = safe_open(file, framework="pt")
+        with file.open("rb") as raw:
+            json.loads(raw.read(int.from_bytes(raw.read(8), "little")), object_pairs_hook=_once)
+    except KeyError as error:
+        raise CheckpointError(f"{file}: {error.args[0]!r} is in the header twice") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: the weights are truncated or damaged ({error})") from None
+    return opened
+
+
+def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of JSON; KeyError for a key that the usual reader would overwrite in silence."""
+    found: dict[str, Any] = {}
+    for key, value in items:
+        if key in found:
+            raise KeyError(key)
+        found[key] = value
+    return found

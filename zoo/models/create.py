@@ -50,8 +50,7 @@ def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> Zo
 
 def load_folder(folder: str | Path, **options: Any) -> ZooPreTrainedModel:
     """Load a saved model. Raises CheckpointError where the folder is missing or not a complete zoo model."""
-    read_config(folder)
-    _refuse_outside_files(Path(folder))
+    _check_weights(Path(folder), read_config(folder))
     return _load(folder, **options)
 
 
@@ -66,7 +65,7 @@ def read_config(folder: str | Path) -> ZooConfig:
         raise CheckpointError(f"{folder}: no config.json in it; a saved model has config.json and model.safetensors")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict) or values.get("model_type") != "zoo":
         kind = values.get("model_type") if isinstance(values, dict) else None
@@ -88,13 +87,33 @@ def _refuse_code(values: dict[str, Any], path: Path) -> None:
         )
 
 
-def _refuse_outside_files(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    for file in set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()):
-        if Path(file).name != file:
-            raise CheckpointError(f"{index}: weight file {file!r} lies outside the folder")
+def _check_weights(folder: Path, config: ZooConfig) -> None:
+    """Raise CheckpointError unless the files hold just what the config asks for; before memory is given to anything."""
+    from zoo.hub.weights import weight_shapes
+    from zoo.models.costs import empty_model
+
+    found = weight_shapes(folder)
+    try:
+        model = empty_model(config)
+    except (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{folder / 'config.json'}: no model can be made of it: {said:.300}") from error
+    expected, tied = model.state_dict(), model.all_tied_weights_keys
+    wrong = dict.fromkeys(found.keys() - expected.keys(), "is unknown to the config")
+    for name, wanted in expected.items():
+        if name not in found:
+            wrong |= {} if name in tied else {name: "is not in the files"}
+            continue
+        kind, shape = found[name]
+        if shape != tuple(wanted.shape):
+            wrong[name] = f"has shape {list(shape)}, by the config {list(wanted.shape)}"
+        elif wanted.is_floating_point() != ("F" in kind):
+            wrong[name] = f"is of type {kind}, by the config {str(wanted.dtype).removeprefix('torch.')}"
+    if wrong:
+        name = min(wrong)
+        raise CheckpointError(
+            f"{folder}: weights do not fit the config, first {name!r} of {len(wrong)}, which {wrong[name]}"
+        )
 
 
 def _load(source: str | Path, **options: Any) -> ZooPreTrainedModel:
@@ -104,8 +123,10 @@ def _load(source: str | Path, **options: Any) -> ZooPreTrainedModel:
         # Never a pickle: loading one runs whatever its author wrote. Wrong sizes are named below, with the config.
         fixed: dict[str, Any] = {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}
         model, info = cls.from_pretrained(source, **options, **fixed, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        # Also what transformers makes of a generation config that is none.
+        said = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{source}: cannot be loaded: {said:.300}") from error
     except Exception as error:
         if type(error).__name__ == "SafetensorError":
             raise CheckpointError(f"{source}: the weights are truncated or damaged: {error}") from None
