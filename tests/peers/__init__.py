@@ -25,7 +25,8 @@ class Peer:
     takes). logits: the original's answer to `inputs`. load: an exported folder in the original's class, returned with
     the names that were missing or not expected; None where the class is not installed or the layout is only read.
     file: the checkpoint where it is a file in the folder and not the folder. greedy: whether it generates.
-    package: what must be installed to make it. tolerance: relative, of the logits.
+    package: what must be installed to make it. tolerance: relative, of the logits. folds: constants that stand beside
+    the weights are multiplied into them, so that what is written has other tensors and computes the same.
     """
 
     layout: str
@@ -39,6 +40,7 @@ class Peer:
     greedy: bool = True
     package: str | None = None
     tolerance: float = 1e-4
+    folds: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -71,7 +73,8 @@ def random_weights(model: Any, std: float = 0.05) -> Any:
 def transformers_peer(
     family: str, config_class: str, model_class: str, *, layout: str = "transformers", prepare: Any = None,
     label: str = "", greedy: bool = True, inputs: Any = None, output: str = "logits", std: float = 0.05,
-    options: dict[str, Any] | None = None, forward: Any = None, **sizes: Any,
+    options: dict[str, Any] | None = None, forward: Any = None, folds: bool = False,
+    **sizes: Any,
 ) -> Peer:  # fmt: skip
     """A class of transformers by its names. prepare(model): called before saving. forward(model, inputs): its logits,
     where the class needs more than the inputs of ours."""
@@ -96,7 +99,7 @@ def transformers_peer(
         return model(**given)[output]
 
     made = inputs or tokens(sizes.get("vocab_size", 97))
-    return peer(Peer(layout, family, save, forward or logits, made, load, label, greedy=greedy))
+    return peer(Peer(layout, family, save, forward or logits, made, load, label, greedy=greedy, folds=folds))
 
 
 for _module in pkgutil.iter_modules(__path__):

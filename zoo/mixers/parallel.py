@@ -77,6 +77,11 @@ class ParallelConfig(MixerOptions):
             raise ConfigError(f"branches.{label}.causal: all branches read in the direction that causal says")
         return parsed
 
+    def resolved(self, width: int) -> Self:
+        """With the options of the branches written out."""
+        branches = {label: options.resolved(width).plain() for label, options in self.branch_options().items()}
+        return self.model_copy(update={"branches": branches})
+
     def branch_options(self) -> dict[str, MixerOptions]:
         """The options of each branch, by label."""
         return {label: parse_mixer(value, f"branches.{label}") for label, value in self.branches.items()}

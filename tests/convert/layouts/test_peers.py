@@ -100,14 +100,15 @@ def test_round_trip(saved, tmp_path):
     for name in sorted((before.shapes.keys() & after.shapes.keys()) - dropped):
         one, other = before.get(name), after.get(name)
         assert one.dtype == other.dtype, name
-        assert torch.equal(one, other), name
+        assert torch.equal(one, other) or peer.folds, name
     if peer.load is None:
         return
     again, wrong = peer.load(tmp_path / "out")
     assert wrong == []
     inputs = peer.inputs()
     with torch.no_grad():
-        assert torch.equal(peer.logits(again, inputs), peer.logits(model, inputs))
+        got, expected = peer.logits(again, inputs), peer.logits(model, inputs)
+    assert torch.equal(got, expected) or (peer.folds and (got - expected).abs().max() <= 1e-4 * expected.abs().max())
 
 
 @pytest.mark.parametrize("damage", ["missing", "surplus", "shape"])

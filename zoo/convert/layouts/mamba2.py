@@ -40,30 +40,30 @@ def mamba2_entries(
     o = options.resolved(width)
     groups = o.num_groups or o.num_heads
     sizes = [o.num_heads * o.value_dim, o.num_heads * o.value_dim, groups * o.head_dim, groups * o.head_dim]
-    scaled = [scales(part) for part in _PARTS] if scales else None
+    numbers = [scales(part) for part in _PARTS] if scales else None
     for parameter in ("weight", "bias") if o.qkv_bias else ("weight",):
-        yield _projection(theirs, ours, parameter, [*sizes, o.num_heads], scaled)
-        yield _scaled(f"{theirs}out_proj.{parameter}", f"{ours}o_proj.{parameter}", scales("o") if scales else 1.0)
+        yield _projection(theirs, ours, parameter, [*sizes, o.num_heads], numbers)
+        yield scaled(f"{theirs}out_proj.{parameter}", f"{ours}o_proj.{parameter}", scales("o") if scales else 1.0)
     for parameter in ("weight", "bias") if o.conv_bias else ("weight",):
         yield _convolution(theirs, ours, parameter, sizes[1:])
     for name in ("A_log", "D", "dt_bias", *(["norm.weight"] if o.norm else [])):
         yield same(f"{theirs}{name}", f"{ours}{name}")
 
 
-def _projection(theirs: str, ours: str, parameter: str, sizes: list[int], scaled: list[float] | None) -> Entry:
+def _projection(theirs: str, ours: str, parameter: str, sizes: list[int], numbers: list[float] | None) -> Entry:
     names = tuple(f"{ours}{part}_proj.{parameter}" for part in _PARTS)
     entry = split(f"{theirs}in_proj.{parameter}", names, sizes)
-    if scaled is None:
+    if numbers is None or all(number == 1 for number in numbers):
         return entry
-    return Entry(entry.theirs, names, _times(entry.read, scaled), entry.write)
+    return Entry(entry.theirs, names, _times(entry.read, numbers), entry.write)
 
 
-def _times(read: Way, scaled: list[float]) -> Way:
-    return lambda tensors: [t * number for t, number in zip(read(tensors), scaled, strict=True)]
+def _times(read: Way, numbers: list[float]) -> Way:
+    return lambda tensors: [t * number for t, number in zip(read(tensors), numbers, strict=True)]
 
 
-def _scaled(theirs: str, ours: str, number: float) -> Entry:
-    """A tensor that has a constant beside it there."""
+def scaled(theirs: str, ours: str, number: float) -> Entry:
+    """A tensor that has a constant beside it there, which is multiplied into ours; what is written has none."""
     return Entry((theirs,), (ours,), list if number == 1 else (lambda t: [t[0] * number]), list)
 
 
@@ -147,7 +147,17 @@ def one_mixer(config: ZooConfig) -> Mamba2Config:
         raise ExportError("its layers differ from each other")
     if layers[0].ffn is not None:
         raise ExportError("its blocks have no channel mixer, those of this model do")
-    return layers[0].mixer.resolved(config.hidden_size)
+    mixer = layers[0].mixer.resolved(config.hidden_size)
+    check_convolved(mixer)
+    return mixer
+
+
+def check_convolved(mixer: Mamba2Config) -> None:
+    """Raise ExportError for a mixer without a convolution, or with shared states, of which no class there knows."""
+    if mixer.conv is None:
+        raise ExportError("layers.0.mixer.conv is None; its layers have a convolution: conv 4 and conv_bias true")
+    if mixer.num_groups is None:
+        raise ExportError(f"layers.0.mixer.num_kv_heads is {mixer.kv_heads}; its heads have a state each")
 
 
 def expansion(mixer: Mamba2Config, width: int) -> int:
