@@ -46,6 +46,7 @@ def test_moefy_beside_another_mixer(run, teacher, text, tmp_path):
             ["--ffn", "moefy", "--ffn-option", "num_experts=7"],
             "layer 0: 64 neurons are not 7 equal parts; nearest is 8",
         ),
+        (["--mixer", "retention", "--target", "transformers"], "target 'transformers': mixer 'retention' has no form"),
     ],
 )
 def test_what_is_refused(run, teacher, args, message):

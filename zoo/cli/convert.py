@@ -48,6 +48,13 @@ def convert(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="An option of the mixture, such as num_experts=8. Repeatable."),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYOUT",
+            help="A layout that must be able to hold the result, such as transformers: options are set for it.",
+        ),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,6 +83,7 @@ def convert(
             mixer_options=options or None,
             ffn=ffn,
             ffn_options=ffn_options or None,
+            target=target,
             data=source,
             calibrate=calibrate,
             tokens=tokens,
@@ -93,4 +101,6 @@ def convert(
         from zoo.convert.report import COLUMNS
 
         print_table(COLUMNS, [report._row(layer) for layer in report.layers], right=COLUMNS[2:7])
+    if target is not None:
+        say(f"for {target}: zoo export {out} --layout {target} --out DIR")
     say(f"saved in {out}; next: zoo score {out} --data FILES, or zoo generate {out} --prompt TEXT")

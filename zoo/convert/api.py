@@ -27,6 +27,7 @@ from zoo.convert.surgery import (
     mixer_spec,
     replace_mixers,
 )
+from zoo.convert.target import check_target, fit_to_target
 from zoo.convert.teachers import Teacher, load_teacher
 from zoo.errors import ConversionError
 from zoo.models.backbone import ZooPreTrainedModel
@@ -44,6 +45,7 @@ def convert(
     mixer_options: Mapping[str, Any] | None = None,
     ffn: str | None = None,
     ffn_options: Mapping[str, Any] | None = None,
+    target: str | None = None,
     data: CalibrationData | None = None,
     calibrate: bool = True,
     tokens: int = 2048,
@@ -64,6 +66,8 @@ def convert(
         mixer_options: options of the mixer, such as ``{"window": 128}``.
         ffn: what becomes of the MLPs: None leaves them, "upcycle" or "moefy" make mixtures of experts (see
             `zoo.convert.experts`), with `ffn_options` such as ``{"num_experts": 8, "top_k": 2}``.
+        target: a layout that must be able to hold the student, such as "transformers" (`zoo.convert.target`): options
+            are set for it, and a mixer without a form there is refused before any work.
         data: what to measure on: text (files, a glob, "hf:NAME", documents), token ids (rows, length), or images
             (images, channels, rows, columns) as the model reads them. By default a causal language model writes text
             itself (`sample_from_teacher`); encoders need it given.
@@ -79,22 +83,29 @@ def convert(
 
     Raises:
         ConversionError: a teacher that cannot be imported exactly, nothing to convert, wrong `keep`, no data where data
-            is needed, too little of it, text without a tokenizer. UnknownNameError: a misspelt mixer. TraitError: a
-            mixer that cannot work in the teacher's direction. ConfigError: wrong options. DataError: unreadable data.
+            is needed, too little of it, text without a tokenizer, no form in `target`. UnknownNameError: a misspelt
+            mixer or target. TraitError: a mixer that cannot work in the teacher's direction. ConfigError: wrong
+            options. DataError: unreadable data.
     """
     if out is not None:
         check_output(out, overwrite)
     spec = _check_request(mixer, keep, mixer_options, tokens, length)
     make_experts = experts.method(ffn, ffn_options)
+    if target is not None:
+        check_target(target)
     clock, owned = _Clock(), not isinstance(teacher, Teacher | ZooPreTrainedModel)
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
     clock.lap("load")
     tokens_NL = None
+    if spec is None and target is not None:
+        fit_to_target(teacher.model, None, Keep(layers=(), count=0), target)
     if spec is None:
         student = teacher.model if owned else replace_mixers(teacher.model, {})
         report = _report(teacher, student, None, "all", None, None)
     else:
         wanted = _plan(teacher.model, spec, "none" if keep is None else keep)
+        if target is not None:
+            spec = fit_to_target(teacher.model, spec, wanted, target)
         tokens_NL, where = _calibration_tokens(teacher, wanted, data, calibrate, tokens, length, seed)
         clock.lap("data")
         student, report = _convert(teacher, spec, wanted, tokens_NL, calibrate, clock, progress)

@@ -319,9 +319,14 @@ class QKVMixer(SequenceMixer):
 
     @torch.no_grad()
     def copy_projections(self, attention: AttentionWeights) -> None:
-        """Copy what has the same meaning in attention and here: W_q, W_k, W_v, W_o, biases, QK-norm; open the gate."""
+        """Copy what has the same meaning in attention and here: W_q, W_k, W_v, W_o, biases, QK-norm; open the gate.
+
+        Where several heads share keys and values there and not here, each gets a copy of its own.
+        """
         a, c = attention, self.config
-        if (a.num_heads, a.head_dim, a.value_head_dim) != (c.num_heads, c.head_dim, c.value_dim):
+        heads, (q_heads, *kv_heads) = a.num_kv_heads, self.projected_heads(c)
+        fits = q_heads == a.num_heads and not any(n % heads for n in kv_heads)
+        if (a.num_heads, a.head_dim, a.value_head_dim) != (c.num_heads, c.head_dim, c.value_dim) or not fits:
             raise ConversionError(
                 f"mixer {self.name!r} with {c.num_heads} heads of {c.head_dim} and values of {c.value_dim} cannot copy "
                 f"attention with {a.num_heads} heads of {a.head_dim} and values of {a.value_head_dim}"
@@ -334,10 +339,11 @@ class QKVMixer(SequenceMixer):
         }
         for name, (weight, bias) in sources.items():
             linear = getattr(self, f"{name}_proj")
-            linear.weight.copy_(weight)
+            times = kv_heads["kv".index(name)] // heads if name in "kv" else 1
+            linear.weight.copy_(repeat_heads(weight, heads, times))
             if linear.bias is not None:
-                linear.bias.zero_() if bias is None else linear.bias.copy_(bias)
-        if a.qk_norm is not None:
+                linear.bias.zero_() if bias is None else linear.bias.copy_(repeat_heads(bias, heads, times))
+        if a.qk_norm is not None and c.qk_norm:
             self.q_norm.weight.copy_(a.qk_norm[0])
             self.k_norm.weight.copy_(a.qk_norm[1])
         if c.gate:
@@ -347,6 +353,13 @@ class QKVMixer(SequenceMixer):
 
     def start_from(self, attention: AttentionWeights, stats: AttentionStats | None) -> None:
         """Set what attention does not have (decays, gates, feature maps) to where it disturbs least."""
+
+
+def repeat_heads(rows: Tensor, heads: int, times: int) -> Tensor:
+    """The rows of each of `heads` heads `times` times, one copy behind the other."""
+    if times == 1:
+        return rows
+    return rows.unflatten(0, (heads, -1)).repeat_interleave(times, 0).flatten(0, 1)
 
 
 @functools.lru_cache(maxsize=8)

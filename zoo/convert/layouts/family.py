@@ -76,6 +76,10 @@ class Family(ABC):
         """
         raise ExportError(f"{self.layout} checkpoints of {self.name} can be read, not written")
 
+    def conversion(self, mixer: str, config: ZooConfig) -> dict[str, Any]:
+        """The options that a mixer in place of attention needs, in a model of `config`, so that its layers fit here."""
+        return {}
+
     def aliases(self, config: ZooConfig) -> dict[str, str]:
         """Their name -> the other name of theirs that always has the same tensor."""
         return {}

@@ -7,7 +7,6 @@ is written has constants of one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 from zoo.config import ZooConfig
@@ -15,6 +14,7 @@ from zoo.convert.layouts.family import Family, register_family
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mamba2 import (
     INERT,
+    as_converted,
     check_convolved,
     expansion,
     mamba2_entries,
@@ -25,11 +25,11 @@ from zoo.convert.layouts.mamba2 import (
     step_limit,
 )
 from zoo.convert.layouts.mapping import Entry, same
+from zoo.convert.layouts.rope import read_rope, write_rope
 from zoo.convert.teachers.adapter import common_values
 from zoo.errors import CheckpointError, ExportError
 from zoo.mixers.attention import AttentionConfig
 from zoo.mixers.mamba2 import Mamba2Config
-from zoo.ops.rotary import RotaryConfig
 
 Scales = Callable[[str], float]
 ONES: Scales = lambda part: 1.0  # noqa: E731
@@ -105,10 +105,7 @@ class _Hybrid(Family):
         if attention is not None:
             heads = {"num_attention_heads": attention.num_heads, "num_key_value_heads": attention.kv_heads}
             heads["head_dim"] = attention.head_dim
-            if attention.rotary is None:
-                raise ExportError("layers.0.mixer.rotary is None; its attention turns queries and keys")
-        turned = (None if attention is None else attention.rotary) or RotaryConfig()
-        positions = turned.to_transformers(1 if attention is None else attention.head_dim)
+        positions = {} if attention is None else write_rope(attention.rotary, attention.head_dim)
         return {
             **common_values(config, self.model_type, self.about),
             **heads,
@@ -120,7 +117,7 @@ class _Hybrid(Family):
             "max_position_embeddings": config.max_position_embeddings,
             "attention_bias": attention is not None and attention.qkv_bias,
             "mlp_bias": ffns[0].bias,
-            "rope_parameters": {"partial_rotary_factor": 1.0, **positions},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0, **positions},
             "mamba_n_heads": mixer.num_heads,
             "mamba_d_head": mixer.value_dim,
             "mamba_n_groups": mixer.num_groups,
@@ -141,7 +138,7 @@ def attention_entries(theirs: str, ours: str, options: AttentionConfig, m: Scale
 
 
 def attention_options(c: dict[str, Any], partial: float, longest: int) -> dict[str, Any]:
-    """Options of `attention` from a config of transformers."""
+    """Options of `attention` from a config of transformers, which turns a part of each head unless it says another."""
     heads = c.get("num_attention_heads", 32)
     size = c.get("head_dim") or c["hidden_size"] // heads
     return {
@@ -151,20 +148,8 @@ def attention_options(c: dict[str, Any], partial: float, longest: int) -> dict[s
         "head_dim": size,
         "qkv_bias": c.get("attention_bias", False),
         "out_bias": c.get("attention_bias", False),
-        "rotary": rotary_of(c, size, partial, longest),
+        "rotary": read_rope({"max_position_embeddings": longest, **c, "partial_rotary_factor": partial}, size),
     }
-
-
-def rotary_of(c: dict[str, Any], head_dim: int, partial: float, longest: int) -> RotaryConfig:
-    """Rotary positions from a config as JSON, `partial` where it does not say which part of a head is turned."""
-    parameters = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
-    parameters.setdefault("partial_rotary_factor", partial)
-    told = SimpleNamespace(
-        rope_parameters=parameters,
-        rope_theta=c.get("rope_theta"),
-        max_position_embeddings=c.get("max_position_embeddings", longest),
-    )
-    return RotaryConfig.from_transformers(told, head_dim)
 
 
 def _mamba2(checkpoint: Checkpoint, inner: int, **more: Any) -> dict[str, Any]:
@@ -197,6 +182,9 @@ class Bamba(_Hybrid):
         attention, places = attention_options(c, 0.5, longest), c.get("attn_layer_indices") or []
         mixers = [attention if i in places else mamba2 for i in range(c.get("num_hidden_layers", 32))]
         return self.common_fields(c, mixers, longest)
+
+    def conversion(self, mixer: str, config: ZooConfig) -> dict[str, Any]:
+        return as_converted(config.norm_eps) if mixer == "mamba2" else {}
 
     def mixer_entries(self, name: str, options: Any, width: int, m: Scales) -> Iterator[Entry]:
         if options.name == "attention":

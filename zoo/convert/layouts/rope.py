@@ -38,9 +38,4 @@ def write_rope(rotary: RotaryConfig | None, head_dim: int) -> dict[str, Any]:
     """`rope_parameters` of rotary positions. Raises ExportError where there are none."""
     if rotary is None:
         raise ExportError("a layer has no rotary positions, which the class always has")
-    found: dict[str, Any] = {"rope_type": "default", "rope_theta": rotary.theta}
-    if rotary.dim is not None:
-        found["partial_rotary_factor"] = rotary.dim / head_dim
-    if rotary.scaling is not None:
-        found |= rotary.scaling.model_dump(mode="json", exclude_none=True)
-    return found
+    return rotary.to_transformers(head_dim)

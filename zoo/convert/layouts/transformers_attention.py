@@ -90,6 +90,9 @@ class AdapterFamily(Family):
         origin = {"architecture": architecture, "source": str(checkpoint.path)}
         return {**self.adapter.fields(config, architecture), **carried, **labels, "origin": origin}
 
+    def conversion(self, mixer: str, config: ZooConfig) -> dict[str, Any]:
+        return {"sinks": 0} if mixer == "sliding_window" else {}
+
     def entries(self, config: ZooConfig) -> Iterator[Entry]:
         from zoo.convert.layouts.loading import meta_model
 
