@@ -13,8 +13,8 @@ published. (The authors' W_o reads the channels of a head before the heads; ours
 
 Conversion: with the shift model at the identity and one mode of the diagonal one a real decay, a head is linear
 attention (1 + q'k') over a fading past. The 1 comes from a constant channel; q'k' is the best product of rank
-head_dim - 1 for the head's logits, so this is the softmax to first order. Every group of head_dim value channels gets
-a head of its own.
+head_dim - 1 for the head's logits, so this is the softmax to first order, as far as the logits are small
+(`first_order_share`). Every group of head_dim value channels gets a head of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from zoo.config import MixerOptions
 from zoo.errors import ConfigError, ConversionError
 from zoo.linear import Linear
 from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits, refuse_segments_with_state
-from zoo.mixers.recurrent import lookback
+from zoo.mixers.recurrent import first_order_share, lookback
 from zoo.mixers.s4d import initial_rates
 from zoo.ops.state_space import diagonal_ssm, discretize
 from zoo.registry import register_mixer
@@ -208,7 +208,7 @@ class H3(SequenceMixer):
         """Set all weights as the module docstring says."""
         a, P = attention, self.config.head_dim
         groups, times = a.value_head_dim // P, a.num_heads // a.num_kv_heads
-        q_HPD, q_HP, k_HPD = _first_order(a, P)
+        q_HPD, q_HP, k_HPD = _first_order(a, first_order_share(a, stats).to(a.q_HKD.device), P)
         spread = lambda t: t.repeat_interleave(groups, 0).flatten(0, 1)  # noqa: E731 every group of values has the same
         self.q_proj.weight.copy_(spread(q_HPD))
         self.q_proj.bias.copy_(spread(q_HP))
@@ -237,14 +237,15 @@ class H3(SequenceMixer):
             self.o_proj.bias.copy_(a.o_bias)
 
 
-def _first_order(attention: AttentionWeights, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps of queries (H, rank, D), their bias (H, rank) and maps of keys: q'k' = 1 + the logits at their best rank.
+def _first_order(attention: AttentionWeights, share_H: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps of queries (H, rank, D), their bias (H, rank) and maps of keys: q'k' = 1 + the logits at their best rank,
+    times the head's share.
 
     Row 0 is the constant: the query's bias is one there, and so has to be the key's. Biases of keys cancel in a softmax
     and are left out.
     """
     a = attention
-    q_HKD = a.q_HKD.float().unflatten(0, (a.num_heads, -1)) * a.scale
+    q_HKD = a.q_HKD.float().unflatten(0, (a.num_heads, -1)) * (a.scale * share_H)[:, None, None]
     k_HKD = a.k_GKD.float().unflatten(0, (a.num_kv_heads, -1)).repeat_interleave(a.num_heads // a.num_kv_heads, 0)
     # W_q^T W_k = Q_q (R_q R_k^T) Q_k^T, so that only a K x K matrix is decomposed.
     (base_q, r_q), (base_k, r_k) = torch.linalg.qr(q_HKD.mT), torch.linalg.qr(k_HKD.mT)
@@ -258,7 +259,7 @@ def _first_order(attention: AttentionWeights, rank: int) -> tuple[Tensor, Tensor
     maps_q[:, 1 : kept + 1] = root_HR1 * (base_q @ u_HKR[..., :kept]).mT
     maps_k[:, 1 : kept + 1] = root_HR1 * (base_k @ v_HRK.mT[..., :kept]).mT
     if a.q_bias is not None:  # what the bias adds to the logits, in the coordinates of the kept keys
-        bias_HK = a.q_bias.float().view(H, -1) * a.scale
+        bias_HK = a.q_bias.float().view(H, -1) * (a.scale * share_H)[:, None]
         seen_HR = (bias_HK[:, None] @ r_k.mT @ v_HRK.mT[..., :kept])[:, 0]
         bias_HP[:, 1 : kept + 1] = seen_HR / root_HR1[..., 0].clamp(min=1e-6)
     return maps_q, bias_HP, maps_k

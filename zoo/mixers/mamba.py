@@ -13,7 +13,8 @@ one with W_v and one with -W_v, which share their decay and end in W_out with op
 constant 1 (its convolution has only a bias): it makes B_0 = C_0 = 1, so that each head starts as an average of its
 values whose weights halve over the measured look-back, the zeroth order of softmax. The other N - 1 pairs of B and C
 are its first order, exp(q . k) = 1 + q . k + ...: the best product of that rank of the mean over the heads of
-W_q^T W_k (by singular values), read from what of the input the values still show. Positions and QK-norm are left out.
+W_q^T W_k and the biases of queries (by singular values), read from what of the input the values still show, and weaker
+where scores are large (`first_order_share`). Positions and QK-norm are left out.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from zoo.errors import ConversionError
 from zoo.linear import Linear
 from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits, refuse_segments_with_state
 from zoo.mixers.qkv import SILU_ONE, Inputs, ShortConv
-from zoo.mixers.recurrent import LN2, SOFTPLUS_ONE, inverse_softplus_times, lookback, softplus32
+from zoo.mixers.recurrent import LN2, SOFTPLUS_ONE, first_order_share, inverse_softplus_times, lookback, softplus32
 from zoo.ops.diagonal import selective_scan
 from zoo.registry import register_mixer
 
@@ -185,6 +186,7 @@ class Mamba(SequenceMixer):
         self.in_proj.bias[self.inner :] = SILU_ONE
         self.in_proj.weight[: 2 * P] = torch.cat([v_PD, -v_PD])
         self.in_proj.weight[2 * P] = 0
+        v_P = v_PD.new_zeros(P)
         if a.v_bias is not None:
             v_P = a.v_bias.unflatten(0, (a.num_kv_heads, -1)).repeat_interleave(times, 0).flatten().float()
             self.in_proj.bias[: 2 * P] = torch.cat([v_P, -v_P])
@@ -195,13 +197,14 @@ class Mamba(SequenceMixer):
         self.dt_proj.weight.zero_()
         self.dt_bias.fill_(SOFTPLUS_ONE)
         self.A_log[: 2 * P] = (math.log(LN2) - half_life_P.log()).repeat(2)[:, None]
-        keys_ND, queries_ND = _first_order(a, N - 1)
+        keys_ND, queries_ND, queries_N = _first_order(a, first_order_share(a, stats).to(v_PD.device), N - 1)
         read_DP = torch.linalg.pinv(v_PD, rtol=1e-3)
         self.x_proj.weight[R:] = 0
         self.x_proj.weight[[R, R + N], 2 * P] = 1
-        for row, maps_ND in ((R + 1, keys_ND), (R + N + 1, queries_ND)):
+        for row, maps_ND, bias_N in ((R + 1, keys_ND, 0), (R + N + 1, queries_ND, queries_N)):
             maps_NP = maps_ND @ read_DP
             self.x_proj.weight[row : row + N - 1, : 2 * P] = torch.cat([maps_NP, -maps_NP], 1)
+            self.x_proj.weight[row : row + N - 1, 2 * P] = bias_N - maps_NP @ v_P  # the bias of the values is no input
         o_DP = a.o_DHV.float() * (1 - 2 ** (-1 / half_life_P))  # the weights of an average add up to one
         self.out_proj.weight.zero_()
         self.out_proj.weight[:, : 2 * P] = torch.cat([o_DP, -o_DP], 1)
@@ -210,15 +213,19 @@ class Mamba(SequenceMixer):
             self.out_proj.bias.copy_(a.o_bias)
 
 
-def _first_order(attention: AttentionWeights, rank: int) -> tuple[Tensor, Tensor]:
-    """Maps (rank, D) of keys and queries whose product is the best of that rank for the heads' mean scale W_q^T W_k."""
+def _first_order(attention: AttentionWeights, share_H: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps (rank, D) of keys and of queries and the queries' bias (rank): the best product of that rank for the heads'
+    mean score, each head's times its share. Biases of keys cancel in a softmax and are left out."""
     a = attention
-    q_HKD = a.q_HKD.float().unflatten(0, (a.num_heads, -1))
+    q_HKE = a.q_HKD.float().unflatten(0, (a.num_heads, -1))
+    bias_HK1 = torch.zeros_like(q_HKE[..., :1]) if a.q_bias is None else a.q_bias.float().view(a.num_heads, -1, 1)
+    q_HKE = torch.cat([q_HKE, bias_HK1], -1) * share_H[:, None, None]
     k_HKD = a.k_GKD.float().unflatten(0, (a.num_kv_heads, -1)).repeat_interleave(a.num_heads // a.num_kv_heads, 0)
-    product_DD = torch.einsum("hkd,hke->de", q_HKD, k_HKD) * (a.scale / a.num_heads)
-    u_DR, s_R, v_RD = torch.linalg.svd(product_DD)
-    maps = [torch.zeros(rank, len(s_R), device=s_R.device) for _ in range(2)]
+    u_ER, s_R, v_RD = torch.linalg.svd(
+        torch.einsum("hke,hkd->ed", q_HKE, k_HKD) * (a.scale / a.num_heads), full_matrices=False
+    )
+    keys_ND, queries_NE = k_HKD.new_zeros(rank, v_RD.shape[1]), k_HKD.new_zeros(rank, len(u_ER))
     kept = min(rank, len(s_R))
     root_R1 = s_R[:kept, None].sqrt()
-    maps[0][:kept], maps[1][:kept] = root_R1 * v_RD[:kept], root_R1 * u_DR.T[:kept]
-    return maps[0], maps[1]
+    keys_ND[:kept], queries_NE[:kept] = root_R1 * v_RD[:kept], root_R1 * u_ER.T[:kept]
+    return keys_ND, queries_NE[:, :-1], queries_NE[:, -1]

@@ -111,6 +111,23 @@ def lookback(attention: AttentionWeights, stats: AttentionStats | None, heads: i
     return stats.lookback_H.float().view(heads, -1).mean(1).clamp(min=1.0)
 
 
+def first_order_share(attention: AttentionWeights, stats: AttentionStats | None) -> Tensor:
+    """How much of its scores s each query head (H) can add to the weights 1 + s of an average: at most all, and no more
+    than leaves typical weights positive.
+
+    Softmax to first order is 1 + s, but only for small scores, and what has no denominator cannot make up for large
+    ones. |s| is at most scale |q| |k|, with the measured norms or those of inputs of unit variance.
+    """
+    a = attention
+    if stats is not None:
+        return (1 / (a.scale * stats.q_norm_H * stats.k_norm_H).float().clamp(min=1e-6)).clamp(max=1.0)
+    squares = []
+    for weight, bias, heads in ((a.q_HKD, a.q_bias, a.num_heads), (a.k_GKD, a.k_bias, a.num_kv_heads)):
+        rows = weight.float().square().sum(1) + (0 if bias is None else bias.float().square())
+        squares.append(rows.view(heads, -1).sum(1).repeat_interleave(a.num_heads // heads))
+    return (1 / (a.scale * (squares[0] * squares[1]).sqrt()).clamp(min=1e-6)).clamp(max=1.0)
+
+
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(|x|^2 + eps) over the last dimension, in at least float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
