@@ -256,6 +256,7 @@ class ModelSpec(Options):
     axial_dims: list[int] = Field(default_factory=list)
     position_offset: int = Field(0, ge=0, le=1024)  # RoBERTa's learned positions start at 2
     token_types: int = Field(0, ge=0, le=1024)
+    meta_tokens: int = Field(0, ge=0, le=4096)  # learned vectors before every sequence (`zoo.models.meta`)
     embedding_size: int | None = Field(None, ge=1, le=1 << 17)  # of word vectors; a linear map leads to hidden_size
     embedding_projection: Literal["words", "sum"] = "words"  # maps word vectors, or their normed sum with positions
     embedding_projection_bias: bool = True

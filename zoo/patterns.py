@@ -18,6 +18,7 @@ class Pattern(Options):
     num_hidden_layers: int = Field(ge=1, le=MAX_LAYERS)
     mixers: dict[str, dict[str, Any]] = Field(default_factory=dict)
     defaults: dict[str, Any] = Field(default_factory=dict)
+    at: dict[str, dict[str, Any]] = Field(default_factory=dict)  # mixer options of single layers, such as "0 15 31"
     ffn: dict[str, Any] | None = None
     depth: dict[str, Any] | None = None  # options of blocks that only some tokens take, and `every`: how many layers
     memory: dict[str, Any] | None = None  # options of a memory block, `layers` that read it, `blocks`: how many in turn
@@ -43,13 +44,14 @@ def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
         raise ConfigError(f"layers.depth.every: must be a number of layers, got {every!r}")
     memory = dict(pattern.memory or {})
     readers = _memories(memory, count)
+    single = _single_layers(pattern.at)
     layers: list[dict[str, Any]] = []
     first: dict[str, int] = {}
     for i in range(count):
         (name, label), ffn = words[i % len(words)], ffns[i % len(ffns)]
         layers.append(
             {
-                "mixer": {"name": name, **pattern.defaults, **pattern.mixers.get(name, {})},
+                "mixer": {"name": name, **pattern.defaults, **pattern.mixers.get(name, {}), **single.get(i, {})},
                 "ffn": None if ffn is None else dict(ffn),
             }
         )
@@ -78,6 +80,17 @@ def _words(pattern: str, key: str, options: dict[str, Any], options_key: str) ->
     if unused := set(options) - names:
         raise ConfigError(f"layers.{options_key}.{min(unused)}: not in the pattern{did_you_mean(min(unused), names)}")
     return words
+
+
+def _single_layers(at: dict[str, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Mixer options by layer, of keys that are numbers of layers. Layers that the model does not have are left out."""
+    options: dict[int, dict[str, Any]] = {}
+    for key, values in at.items():
+        if not re.fullmatch(r"\d+( \d+)*", key):
+            raise ConfigError(f"layers.at: cannot read {key!r}; write numbers of layers, such as '0 15 31'")
+        for i in map(int, key.split()):
+            options[i] = {**options.get(i, {}), **values}
+    return options
 
 
 def _memories(memory: dict[str, Any], count: int) -> dict[int, dict[str, Any]]:

@@ -179,7 +179,8 @@ def test_hidden_states_are_the_inputs_of_the_blocks(name, make, ids_BL):
     model = make(name)
     out = model(ids_BL, output_hidden_states=True)
     assert len(out.hidden_states) == model.config.num_hidden_layers + 1
-    x_BLD, _ = model.model.layers[0](out.hidden_states[0], None, None, None)
+    shared = model.model.first_shared(out.hidden_states[0])
+    x_BLD, _ = model.model.layers[0](out.hidden_states[0], None, None, None, shared)
     torch.testing.assert_close(out.hidden_states[1], x_BLD, **CLOSE)
     torch.testing.assert_close(out.hidden_states[-1], model.model(ids_BL).last_hidden_state, **CLOSE)
 

@@ -32,7 +32,7 @@ from zoo.config import MixerOptions
 from zoo.errors import ConversionError
 from zoo.linear import Linear
 from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits, refuse_segments_with_state
-from zoo.mixers.qkv import SILU_ONE, Inputs, ShortConv
+from zoo.mixers.qkv import SILU_ONE, HeadNorm, Inputs, ShortConv
 from zoo.mixers.recurrent import LN2, SOFTPLUS_ONE, first_order_share, inverse_softplus_times, lookback, softplus32
 from zoo.ops.diagonal import selective_scan
 from zoo.registry import register_mixer
@@ -44,9 +44,9 @@ class MambaConfig(MixerOptions):
     """Options of `mamba`; the defaults are the published block.
 
     inner_dim: channels E; None is twice the model width. state_dim: N. dt_rank: of the steps' projection; None is the
-    model width / 16, rounded up. bias: of the first and the last projection. bcdt_norm_eps: of the norms (without
-    weights) of steps, B and C; None: there are none. dt_min, dt_max: range from which `reset_parameters` draws the
-    steps. out_init: factor of W_out at initialisation; as published 1 / sqrt(layers).
+    model width / 16, rounded up. bias: of the first and the last projection. bcdt_norm_eps: of the norms of steps, B
+    and C; None: there are none. bcdt_norm_weights: whether these have weights (Hymba). dt_min, dt_max: range from which
+    `reset_parameters` draws the steps. out_init: factor of W_out at initialisation; as published 1 / sqrt(layers).
     """
 
     name: Literal["mamba"] = "mamba"
@@ -57,6 +57,7 @@ class MambaConfig(MixerOptions):
     conv_bias: bool = True
     bias: bool = False
     bcdt_norm_eps: float | None = Field(None, gt=0, le=1)
+    bcdt_norm_weights: bool = False
     dt_min: float = Field(0.001, gt=0, le=10)
     dt_max: float = Field(0.1, gt=0, le=10)
     out_init: float = Field(1.0, gt=0, le=100)
@@ -77,7 +78,7 @@ class Mamba(SequenceMixer):
     keep_float32 = ("A_log", "dt_bias", "D")
     config: MambaConfig
 
-    def __init__(self, config: MambaConfig, width: int) -> None:
+    def __init__(self, config: MambaConfig, width: int, own_output: bool = True) -> None:
         super().__init__(config, width)
         sizes: Any = config.resolved(width)
         self.inner, self.rank = sizes.inner_dim, sizes.dt_rank
@@ -89,7 +90,10 @@ class Mamba(SequenceMixer):
         self.dt_bias = nn.Parameter(torch.empty(E))
         self.A_log = nn.Parameter(torch.empty(E, N))
         self.D = nn.Parameter(torch.empty(E))
-        self.out_proj = Linear(E, width, bias=config.bias)
+        if config.bcdt_norm_eps is not None and config.bcdt_norm_weights:
+            sizes = {"dt": self.rank, "B": N, "C": N}
+            self.bcdt_norms = nn.ModuleDict({n: HeadNorm(size, eps=config.bcdt_norm_eps) for n, size in sizes.items()})
+        self.out_proj: Any = Linear(E, width, bias=config.bias) if own_output else None
         self.reset_parameters(0.02)
 
     def forward(
@@ -103,13 +107,24 @@ class Mamba(SequenceMixer):
         refuse_segments_with_state(segments_BL, state)
         if mask_BL is not None:  # whatever stands in the padding, nothing of it gets any further
             x_BLD = x_BLD.masked_fill(~mask_BL[..., None], 0)
+        y_BLE, left = self.scan(x_BLD, mask_BL, segments_BL, state)
+        return self.out_proj(y_BLE), None if state is None else State(left, state.length + x_BLD.shape[1])
+
+    def scan(
+        self, x_BLD: Tensor, mask_BL: Tensor | None, segments_BL: Tensor | None, state: State | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the output projection reads (B, L, E), and the tensors of the new state ({} where state is None)."""
         inputs = Inputs(x_BLD, mask_BL, segments_BL, None, state)
         x_BLE, z_BLE = self.in_proj(x_BLD).chunk(2, -1)
         x_BLE, tail = self.conv(x_BLE, inputs, None if state is None else state["conv"])
         N = self.config.state_dim
         low_BLR, B_BLN, C_BLN = self.x_proj(x_BLE).split([self.rank, N, N], -1)
         if (eps := self.config.bcdt_norm_eps) is not None:
-            low_BLR, B_BLN, C_BLN = (F.rms_norm(x, x.shape[-1:], eps=eps) for x in (low_BLR, B_BLN, C_BLN))
+            if self.config.bcdt_norm_weights:
+                norms = self.bcdt_norms
+                low_BLR, B_BLN, C_BLN = norms["dt"](low_BLR), norms["B"](B_BLN), norms["C"](C_BLN)
+            else:
+                low_BLR, B_BLN, C_BLN = (F.rms_norm(x, x.shape[-1:], eps=eps) for x in (low_BLR, B_BLN, C_BLN))
         y_BLE, final = selective_scan(
             x_BLE,
             softplus32(self.dt_proj(low_BLR), self.dt_bias),
@@ -122,15 +137,15 @@ class Mamba(SequenceMixer):
             segments_BL=segments_BL,
         )
         y_BLE = y_BLE + x_BLE * self.D.to(x_BLE.dtype)
-        out_BLD = self.out_proj(y_BLE * F.silu(z_BLE))
+        y_BLE = y_BLE * F.silu(z_BLE)
         if state is None:
-            return out_BLD, None
+            return y_BLE, {}
         assert tail is not None
         assert final is not None
-        return out_BLD, State({"conv": tail, "ssm": final}, state.length + x_BLD.shape[1])
+        return y_BLE, {"conv": tail, "ssm": final}
 
     def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> State:
-        device, dtype = device or self.out_proj.weight.device, dtype or self.out_proj.weight.dtype
+        device, dtype = device or self.in_proj.weight.device, dtype or self.in_proj.weight.dtype
         conv = torch.zeros(batch_size, self.config.conv - 1, self.inner, device=device, dtype=dtype)
         wide = torch.promote_types(dtype, torch.float32)
         return State({"conv": conv, "ssm": torch.zeros(batch_size, *self.A_log.shape, device=device, dtype=wide)})
@@ -142,7 +157,9 @@ class Mamba(SequenceMixer):
         init.copy_(self.A_log, torch.arange(1.0, N + 1).log().expand(E, N))
         init.ones_(self.D)
         init.copy_(self.dt_bias, inverse_softplus_times(self.config.dt_min, self.config.dt_max, (E,)))
-        factors = {self.in_proj: 1.0, self.x_proj: 1.0, self.dt_proj: 1.0, self.out_proj: self.config.out_init}
+        factors = dict.fromkeys([self.in_proj, self.x_proj, self.dt_proj], 1.0)
+        if self.out_proj is not None:
+            factors[self.out_proj] = self.config.out_init
         for linear, factor in factors.items():
             bound = factor * linear.in_features**-0.5
             init.uniform_(linear.weight, -bound, bound)

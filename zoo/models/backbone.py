@@ -27,6 +27,7 @@ from zoo.linear import Linear, NoNorm
 from zoo.mixers.base import SequenceMixer, State
 from zoo.models.axial import axial_positions
 from zoo.models.images import PatchEmbedding
+from zoo.models.meta import MetaTokens, behind_meta, check_meta
 from zoo.models.reversible import can_recompute, check_reversible, reversible_stack
 from zoo.models.shared import add_earlier_runs, join_mixers, make_layers
 from zoo.models.state import StateLayer, as_state_cache, state_cache
@@ -72,6 +73,8 @@ class Block(GradientCheckpointingLayer):
         shared: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, State | None]:
         """One block. The state that comes back is None where none was given; `shared` is for mixers that ask for it."""
+        if shared and "meta.0" in shared and (state is None or state.length == 0):
+            return behind_meta(self, self.mixer.place[0], x_BLD, mask_BL, segments_BL, state, shared)
         return self.run(x_BLD, mask_BL, segments_BL, state, shared)
 
     def run(
@@ -245,6 +248,8 @@ class ZooModel(ZooPreTrainedModel):
         super().__init__(config)
         spec = config.spec
         check_reversible(spec)
+        check_meta(spec)
+        self.meta_tokens = MetaTokens(spec.meta_tokens, spec.hidden_size) if spec.meta_tokens else None
         self.patches = None if spec.image is None else PatchEmbedding(spec.image, spec.hidden_size)
         self.embed_tokens: Any = None if spec.image else nn.Embedding(spec.vocab_size, spec.word_size)
         if spec.axial_shape or spec.axial_dims:
@@ -336,6 +341,8 @@ class ZooModel(ZooPreTrainedModel):
 
     def first_shared(self, x_BLD: Tensor) -> dict[str, Tensor]:
         """What later layers read of the input of the first one."""
+        if self.meta_tokens is not None:
+            return {"meta.0": self.meta_tokens.weight}
         return {"embedding": x_BLD} if self.reads_embedding else {}
 
     def finish(self, x_BLD: Tensor) -> Tensor:
@@ -359,8 +366,8 @@ class ZooModel(ZooPreTrainedModel):
         learned = self.config.positions == "learned"
         layers = len(self.layers) + learned  # one more layer counts the tokens seen, for learned positions
         if cache is not None:
-            return as_state_cache(cache, layers)
-        return state_cache(layers) if use_cache else None
+            return as_state_cache(cache, layers, self.config.meta_tokens)
+        return state_cache(layers, self.config.meta_tokens) if use_cache else None
 
     def auxiliary_loss(self) -> Tensor | None:
         """The sum of what blocks and channel mixers added to the loss in the last forward; None without any."""

@@ -88,7 +88,7 @@ def state_bytes(model: Any, length: int) -> int | None:
     total = torch.long.itemsize if learned else 0  # the number of tokens seen
     by_kind: dict[str, int] = {}
     for block in model.model.layers:
-        taken = _tokens(block, length)
+        taken = _tokens(block, length) + config.meta_tokens
         kind = repr((block.mixer.config, getattr(block.ffn, "config", None), taken))
         if kind not in by_kind:
             fed = block.ffn.init_state(1).nbytes if isinstance(block.ffn, ChannelMixer) else 0

@@ -20,6 +20,7 @@ class StateLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.state: State | None = None
+        self.ahead = 0  # positions of the state that are no tokens: meta tokens
 
     def set(self, state: State | None) -> None:
         """Keep the state that came back from the mixer."""
@@ -33,7 +34,7 @@ class StateLayer(CacheLayerMixin):
         raise NotImplementedError("a zoo state is updated by its mixer (trait: abstract key/value interface not used)")
 
     def get_seq_length(self) -> int:
-        return 0 if self.state is None else self.state.length
+        return 0 if self.state is None else max(self.state.length - self.ahead, 0)
 
     def get_max_length(self) -> int:
         return -1
@@ -65,13 +66,13 @@ class StateLayer(CacheLayerMixin):
         """Nothing to do: a state is moved by the mixer's device."""
 
 
-def state_cache(num_layers: int) -> DynamicCache:
+def state_cache(num_layers: int, ahead: int = 0) -> DynamicCache:
     """An empty cache of `StateLayer`s."""
     cache = DynamicCache()
-    return as_state_cache(cache, num_layers)
+    return as_state_cache(cache, num_layers, ahead)
 
 
-def as_state_cache(cache: Cache, num_layers: int) -> Any:
+def as_state_cache(cache: Cache, num_layers: int, ahead: int = 0) -> Any:
     """`cache` with layers that hold states, exchanged in place while it is still empty.
 
     Raises ValueError where keys and values of another kind of layer are in it already.
@@ -80,7 +81,10 @@ def as_state_cache(cache: Cache, num_layers: int) -> Any:
         return cache
     if any(layer.is_initialized for layer in cache.layers if hasattr(layer, "is_initialized")):
         raise ValueError("past_key_values was filled by another model; start from an empty cache")
-    cache.layers = [StateLayer() for _ in range(num_layers)]
+    layers = [StateLayer() for _ in range(num_layers)]
+    for layer in layers:
+        layer.ahead = ahead
+    cache.layers = list(layers)
     cache.layer_class_to_replicate = None
     return cache
 

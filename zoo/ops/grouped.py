@@ -11,6 +11,7 @@ Shapes: P rows, E groups (experts), I and O sizes of input and output.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -254,7 +255,7 @@ def _outer_grad(ctx, grad_EIO: Tensor) -> tuple[Tensor | None, Tensor | None, No
     )
 
 
-_GRADIENTS = {
+_GRADIENTS: dict[str, Any] = {
     "grouped_linear": _product_grad, "grouped_pair": _pair_grad, "grouped_sum": _sum_grad, "grouped_outer": _outer_grad,
 }  # fmt: skip
 for _name, _grad in _GRADIENTS.items():
