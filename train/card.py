@@ -19,7 +19,7 @@ import yaml
 
 from zoo.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from zoo.train.card_facts import CardFile, Facts, found_facts, is_repository, read_mapping
-from zoo.train.card_tasks import CardTask, Row, at, card_task, tables
+from zoo.train.card_tasks import CardTask, Row, at, card_task, lengths, tables
 from zoo.train.checkpoint import write_atomically
 from zoo.train.markdown import code, code_block, front_matter, inline, one_line, table
 
@@ -305,7 +305,7 @@ def _summary(student: Row, teacher: Row | None, facts: Facts, task: CardTask) ->
 
 def _ratios(student: Row, teacher: Row | None) -> list[str]:
     def numbers(row: Row | None, key: str) -> dict[int, float]:
-        found = {n: at(row or {}, key, n) for n in (row or {}).get(key) or {}}
+        found = {n: at(row or {}, key, n) for n in lengths([row or {}], key)}
         return {int(n): value for n, value in found.items() if value and n.isdecimal()}
 
     out = []

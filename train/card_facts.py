@@ -74,35 +74,35 @@ class Facts(Options):
     @classmethod
     def _repository(cls, value: str | None) -> str | None:
         if value is not None and not is_repository(value):
-            raise ValueError(f"expected a repository on the Hub such as 'org/name', got {value!r}")
+            raise ValueError(f"expected a repository on the Hub such as 'org/name', got {value!r:.80}")
         return value
 
     @field_validator("datasets")
     @classmethod
     def _data_sets(cls, values: list[str]) -> list[str]:
         if wrong := [value for value in values if not is_repository(value)]:
-            raise ValueError(f"expected data sets on the Hub such as 'org/name', got {wrong[0]!r}")
+            raise ValueError(f"expected data sets on the Hub such as 'org/name', got {wrong[0]!r:.80}")
         return values
 
     @field_validator("license", "teacher_license")
     @classmethod
     def _license(cls, value: str | None) -> str | None:
         if value is not None and not _LICENSE.fullmatch(value):
-            raise ValueError(f"expected the Hub's short name of a licence such as 'apache-2.0' or 'mit', got {value!r}")
+            raise ValueError(f"expected the Hub's short name of a licence such as 'apache-2.0', got {value!r:.80}")
         return value
 
     @field_validator("tags")
     @classmethod
     def _tags(cls, values: list[str]) -> list[str]:
         if wrong := [value for value in values if not _TAG.fullmatch(value)]:
-            raise ValueError(f"a tag has letters, digits, spaces and . : + - _, got {wrong[0]!r}")
+            raise ValueError(f"a tag has letters, digits, spaces and . : + - _, got {wrong[0]!r:.80}")
         return values
 
     @field_validator("benchmark_task")
     @classmethod
     def _task(cls, value: str | None) -> str | None:
         if value is not None and not _TASK.fullmatch(value):
-            raise ValueError(f"expected the id of a task in the benchmark's eval.yaml, got {value!r}")
+            raise ValueError(f"expected the id of a task in the benchmark's eval.yaml, got {value!r:.80}")
         return value
 
     def known(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def card_task(score: Values) -> CardTask:
     """The entry for the task of a score. Raises DataError for a task without one."""
     name = task_name(score)
     if name not in CARD_TASKS:
-        raise DataError(f"score: no card for the task {name!r}{did_you_mean(name, CARD_TASKS)}")
+        raise DataError(f"score: no card for the task {name[:80]!r}{did_you_mean(name, CARD_TASKS)}")
     return CARD_TASKS[name]
 
 
