@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import zoo
-from zoo.errors import CheckpointError, ConfigError, HubError
+from zoo.errors import CheckpointError, ConfigError, DataError, HubError
 from zoo.hub.weights import weights_hash
+from zoo.train.card import card
 
 NAME = "alice/retnet"
 
@@ -210,38 +211,51 @@ def test_folders_that_are_not_pushed(hub, model_folder, tmp_path):
 
 def score(weights: str | None) -> str:
     """A score of weights with this hash."""
-    row = {"role": "student", "name": "m", **({} if weights is None else {"weights_sha256": weights})}
+    row = {"role": "student", "name": "m", "kl": 0.5, **({} if weights is None else {"weights_sha256": weights})}
     return json.dumps({"rows": [{"role": "teacher", "name": "t"}, row]})
 
 
 def test_numbers_that_belong_to_other_weights(hub, model_folder, tmp_path):
     own, foreign = weights_hash(model_folder), "0" * 64
-    marked = "# A card\n\nThese are the numbers of the weights whose SHA-256 is `{}`.\n"
+    marked = f"# A card\n\nThese are the numbers of the weights whose SHA-256 is `{foreign}`.\n"
     beside = tmp_path / "card"
     (beside / ".eval_results").mkdir(parents=True)
 
-    def refused(card: str, scored: str | None, message: str) -> None:
-        (beside / "README.md").write_text(card)
+    def refused(text: str, scored: str | None, message: str) -> None:
+        (beside / "README.md").write_text(text)
         (beside / "score.json").unlink(missing_ok=True)
         if scored is not None:
             (beside / "score.json").write_text(scored)
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises((CheckpointError, DataError), match=message) as caught:
             zoo.push(model_folder, NAME, card=beside, **hub.alice)
+        assert "zoo-push" not in str(caught.value)  # paths are those of the user
 
     refused("# A card\n", score(foreign), r"score\.json: was measured on other weights \(sha256 000000000000")
     refused("# A card\n", score(None), r"score\.json: does not say which weights it was measured on")
-    refused("# A card\n", "[]", r"score\.json: does not say which weights")
-    refused(marked.format(foreign), None, r"README\.md: was measured on other weights")
-    refused(marked.format(foreign), score(own), r"README\.md: was measured on other weights")
+    refused("# A card\n", "{}", r"score\.json: not a score")
+    refused("# A card\n", score(own), r"README\.md:1: is not what was measured and recorded here")
+    refused(marked, None, r"README\.md: was measured on other weights")
     refused("---\nmodel-index: [{name: m}]\n---\n# A card\n", None, "which weights its results .model-index. belong to")
     (beside / ".eval_results" / "zoo.yaml").write_text("[]")
     refused("# A card\n", None, r"zoo\.yaml: no score\.json says which weights these results belong to")
     assert hub.requests == []
 
-    (beside / "README.md").write_text(marked.format(own))
-    (beside / "score.json").write_text(score(own))
-    pushed = zoo.push(model_folder, NAME, card=beside / "README.md", **hub.alice)
-    assert {".eval_results/zoo.yaml", "score.json", "README.md"} <= set(pushed.files)
+
+def test_a_measured_card_goes_with_its_weights(hub, model_folder, other, tmp_path):
+    (model_folder / "score.json").write_text(score(weights_hash(model_folder)))
+    card(model_folder, overwrite=True, repo=NAME, license="apache-2.0")
+    pushed = zoo.push(model_folder, NAME, max_shard_size="100KB", **hub.alice)
+    assert {"score.json", "card.json", "README.md"} <= set(pushed.files)
+    zoo.pull(NAME, tmp_path / "out", **hub.alice)
+    zoo.push(tmp_path / "out", "alice/copy", **hub.alice)  # it is whole: the card still stands for its weights
+    with (model_folder / "README.md").open("a") as file:
+        file.write("\nIt beats everything.\n")
+    with pytest.raises(CheckpointError, match=r"README\.md:\d+: is not what was measured"):
+        zoo.push(model_folder, NAME, **hub.alice)
+    card(model_folder)
+    other.save_pretrained(model_folder)
+    with pytest.raises(CheckpointError, match="was measured on other weights"):
+        zoo.push(model_folder, NAME, **hub.alice)
 
 
 def test_a_card_that_stays_behind_must_fit_too(hub, model_folder, other):

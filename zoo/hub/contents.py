@@ -21,7 +21,7 @@ TOKENIZER = (
 )  # fmt: skip
 SENTENCE = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 CARD = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
-MEASURED = ("score.json", "card.json", "train.json", "conversion.json", ".eval_results/*.yaml")
+MEASURED = ("score.json", "card.json", "conversion.json", ".eval_results/*.yaml")
 WEIGHTS = ("model.safetensors", INDEX, "model-*.safetensors")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin")
 

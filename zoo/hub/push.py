@@ -108,10 +108,11 @@ def _prepared(
 ) -> tuple[dict[str, Path], list[str], str]:
     """The files as they are sent, the names of those that stay, and the hash of the weights."""
     contents = collect(folder, card)
-    files, made = dict(contents.files), scratch / "made"
+    files, made, together = dict(contents.files), scratch / "made", scratch / "together"
     made.mkdir()
+    together.mkdir()
     digest = weights_hash(folder)
-    check_card(files, digest)
+    check_card(files, digest, together)
     if shards := reshard(folder, made, max_shard_size):
         files = {name: file for name, file in files.items() if not matches(name, WEIGHTS)}
         files |= {file.name: file for file in shards}
