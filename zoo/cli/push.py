@@ -20,6 +20,9 @@ def push(
     tag: Annotated[str | None, typer.Option(metavar="TAG", help="Name of this version; default: v1, v2, ...")] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", metavar="TEXT", help="Of the commit.")] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Weights in larger files are split.")] = "5GB",
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Also the model's code, for those without zoo (trust_remote_code).")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent, and send nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -36,6 +39,7 @@ def push(
             tag=tag,
             message=message,
             max_shard_size=max_shard_size,
+            with_code=with_code,
             dry_run=dry_run,
         )
     if as_json:

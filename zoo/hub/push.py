@@ -52,6 +52,7 @@ def push(
     tag: str | None = None,
     message: str | None = None,
     max_shard_size: int | str = "5GB",
+    with_code: bool = False,
     dry_run: bool = False,
     token: str | bool | None = None,
     endpoint: str | None = None,
@@ -71,6 +72,8 @@ def push(
         tag: a name for this version; by default v1, v2, ...
         message: of the commit.
         max_shard_size: weights in larger files are split.
+        with_code: put the code of the model beside it (one file), for those who do not have this package and load with
+            ``trust_remote_code=True``. With the package it needs neither.
         dry_run: only say what would be sent.
         token, endpoint: as in huggingface_hub.
 
@@ -86,7 +89,7 @@ def push(
     size_in_bytes(max_shard_size)
     with tempfile.TemporaryDirectory(prefix="zoo-push-") as scratch:
         folder = model if isinstance(model, str | Path) else _saved(model, Path(scratch) / "model", max_shard_size)
-        files, stays, digest = _prepared(Path(folder), card, Path(scratch), max_shard_size)
+        files, stays, digest = _prepared(Path(folder), card, Path(scratch), max_shard_size, with_code)
         api = client(endpoint, token)
         sizes = {name: file.stat().st_size for name, file in files.items()}
         plan = Pushed(repo, f"{api.endpoint}/{repo}", private, sizes, stays, [], tag=tag)
@@ -104,7 +107,7 @@ def _saved(model: Any, folder: Path, max_shard_size: int | str) -> Path:
 
 
 def _prepared(
-    folder: Path, card: str | Path | None, scratch: Path, max_shard_size: int | str
+    folder: Path, card: str | Path | None, scratch: Path, max_shard_size: int | str, with_code: bool
 ) -> tuple[dict[str, Path], list[str], str]:
     """The files as they are sent, the names of those that stay, and the hash of the weights."""
     contents = collect(folder, card)
@@ -117,10 +120,12 @@ def _prepared(
         files = {name: file for name, file in files.items() if not matches(name, WEIGHTS)}
         files |= {file.name: file for file in shards}
     values = json.loads(files["config.json"].read_text(encoding="utf-8"))
-    wanted = _without_code(values, folder)
+    wanted = _with_code(values, folder, made) if with_code else _without_code(values, folder)
     if wanted != values:
         files["config.json"] = made / "config.json"
         files["config.json"].write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if with_code:
+        files[CODE] = made / CODE
     return dict(sorted(files.items())), [name for name in contents.stays if name not in files], digest
 
 
@@ -129,6 +134,19 @@ def _without_code(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if "auto_map" in values and values.get("model_type") != "zoo":
         raise CheckpointError(f"{folder}/config.json: asks for code of its own (auto_map), which a push does not send")
     return {key: value for key, value in values.items() if key != "auto_map"}
+
+
+def _with_code(values: Mapping[str, Any], folder: Path, made: Path) -> dict[str, Any]:
+    from zoo.hub.code import auto_map, modeling_code
+    from zoo.models.create import read_config
+
+    if values.get("model_type") != "zoo":
+        raise CheckpointError(
+            f"{folder}: is a {values.get('model_type')!r} of transformers, which has the code; leave out with_code"
+        )
+    config = read_config(folder)
+    (made / CODE).write_text(modeling_code(config), encoding="utf-8")
+    return {**values, "auto_map": auto_map(config)}
 
 
 def _send(plan: Pushed, files: Mapping[str, Path], digest: str, message: str | None, api: Any) -> Pushed:
