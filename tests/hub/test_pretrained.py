@@ -19,11 +19,12 @@ from zoo.registry import ModelEntry, model_config, model_entry, register_model
 from zoo.text import byte_tokenizer
 
 NAMES = zoo.list_models(pretrained=True)
+KIN = {"tinybert": "bert", "smollm2": "llama"}  # families whose checkpoints are those of another
 
 
 def peer_of(entry: ModelEntry, layout: str) -> Peer:
     """The peer that saves checkpoints as those of a model are: of the family that its config belongs to."""
-    names = {entry.family.replace("-", "_"), entry.family.replace("-", "")}
+    names = {entry.family.replace("-", "_"), entry.family.replace("-", ""), KIN.get(entry.family, "")}
     with contextlib.suppress(ExportError):  # a layout that is only read
         names = {family_for(model_config(entry.name), layout)[0].name}
     found = [peer for peer in PEERS if peer.layout == layout and peer.family in names]
