@@ -19,7 +19,7 @@ from transformers import initialization as init
 from zoo.config import FFNOptions
 from zoo.ffn.base import ChannelMixer
 from zoo.linear import Linear
-from zoo.mixers.base import State, refuse_segments_with_state
+from zoo.mixers.base import State, admit
 from zoo.mixers.rwkv import depth, ramp
 from zoo.ops.shift import token_shift
 from zoo.registry import register_ffn
@@ -68,9 +68,7 @@ class RWKVChannelMix(ChannelMixer):
         segments_BL: Tensor | None = None,
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
-        refuse_segments_with_state(segments_BL, state)
-        if mask_BL is not None:  # whatever stands in the padding, nothing of it gets any further
-            x_BLD = x_BLD.masked_fill(~mask_BL[..., None], 0)
+        x_BLD = admit(x_BLD, mask_BL, segments_BL, state)
         initial = None if state is None else state["shift"]
         shifted_BLD, last_BD = token_shift(
             x_BLD, initial=initial, final=state is not None, mask_BL=mask_BL, segments_BL=segments_BL

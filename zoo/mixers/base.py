@@ -116,6 +116,11 @@ class AttentionWeights:
     window: int | None = None
     special_tokens: int = 0
 
+    def per_query_head(self, rows: Tensor) -> Tensor:
+        """Rows of key/value heads, weights (G*n, D) or biases (G*n), for every query head: (H, n, ..) in float32."""
+        by_head = rows.float().unflatten(0, (self.num_kv_heads, -1))
+        return by_head.repeat_interleave(self.num_heads // self.num_kv_heads, 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionStats:
@@ -199,6 +204,12 @@ class SequenceMixer(nn.Module, ABC):
             The output (B, L, D) and the new state.
         """
 
+    def take_in(self, x_BLD: Tensor, mask_BL: Tensor | None, segments_BL: Tensor | None, state: State | None) -> Tensor:
+        """`admit` for a call of `forward`. Raises TraitError for a state that a two-sided mixer cannot carry."""
+        if state is not None and not getattr(self.config, "causal", True):
+            raise TraitError(f"mixer {self.name!r} is two-sided here (causal: false), so there is no state to carry")
+        return admit(x_BLD, mask_BL, segments_BL, state)
+
     @abstractmethod
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -220,6 +231,15 @@ class SequenceMixer(nn.Module, ABC):
     ) -> Self:
         """A mixer that starts from a softmax-attention layer's weights. Raises ConversionError where it cannot."""
         raise ConversionError(f"mixer {cls.name!r} does not say how it is made from attention")
+
+
+def admit(x_BLD: Tensor, mask_BL: Tensor | None, segments_BL: Tensor | None, state: State | None) -> Tensor:
+    """The input with zeros at padding: whatever stands there, nothing of it gets any further.
+
+    Raises ValueError where packed segments and a carried state are given together.
+    """
+    refuse_segments_with_state(segments_BL, state)
+    return x_BLD if mask_BL is None else x_BLD.masked_fill(~mask_BL[..., None], 0)
 
 
 def refuse_segments_with_state(segments_BL: Tensor | None, state: State | None) -> None:

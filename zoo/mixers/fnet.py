@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from zoo.config import MixerOptions
-from zoo.errors import TraitError
-from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits, refuse_segments_with_state
+from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits
 from zoo.ops.fourier import fourier_mixing
 from zoo.registry import register_mixer
 
@@ -47,11 +46,7 @@ class FNet(SequenceMixer):
         segments_BL: Tensor | None = None,
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
-        refuse_segments_with_state(segments_BL, state)
-        if state is not None:
-            raise TraitError(f"mixer {self.name!r} is two-sided, so there is no state to carry")
-        if mask_BL is not None:  # whatever stands in the padding, nothing of it gets any further
-            x_BLD = x_BLD.masked_fill(~mask_BL[..., None], 0)
+        x_BLD = self.take_in(x_BLD, mask_BL, segments_BL, state)
         return fourier_mixing(x_BLD, mask_BL=mask_BL, segments_BL=segments_BL), None
 
     def init_state(

@@ -23,7 +23,7 @@ import math
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -31,14 +31,14 @@ from zoo import ops
 from zoo.config import MixerOptions
 from zoo.errors import ConfigError, ConversionError
 from zoo.linear import Linear
-from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits, refuse_segments_with_state
+from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits
 from zoo.mixers.recurrent import first_order_share, lookback
-from zoo.mixers.s4d import initial_rates
+from zoo.mixers.s4d import PairedStateOptions, initial_rates
 from zoo.ops.state_space import diagonal_ssm, discretize
 from zoo.registry import register_mixer
 
 
-class H3Config(MixerOptions):
+class H3Config(PairedStateOptions):
     """Options of `h3`; the defaults are the released models.
 
     state_dim: N, of both models, counting both of a conjugate pair. inner_size: channels; None is the width of the
@@ -49,20 +49,9 @@ class H3Config(MixerOptions):
     name: Literal["h3"] = "h3"
     head_dim: int = Field(1, ge=1, le=256)
     inner_size: int | None = Field(None, ge=1, le=1 << 20)
-    state_dim: int = Field(64, ge=2, le=1024)
     init: Literal["lin", "inv", "legs"] = "lin"
     discretization: Literal["bilinear", "zoh"] = "bilinear"
-    dt_min: float = Field(0.001, gt=0, le=10)
-    dt_max: float = Field(0.1, gt=0, le=10)
     bias: bool = True
-    causal: bool = True
-
-    @field_validator("state_dim")
-    @classmethod
-    def _in_pairs(cls, value: int) -> int:
-        if value % 2:
-            raise ValueError(f"states come in conjugate pairs, so their number is even; {value} is not")
-        return value
 
 
 @register_mixer("h3")
@@ -103,9 +92,7 @@ class H3(SequenceMixer):
         segments_BL: Tensor | None = None,
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
-        refuse_segments_with_state(segments_BL, state)
-        if mask_BL is not None:  # whatever stands in the padding, nothing of it gets any further
-            x_BLD = x_BLD.masked_fill(~mask_BL[..., None], 0)
+        x_BLD = self.take_in(x_BLD, mask_BL, segments_BL, state)
         q_BLE, k_BLE, v_BLE = self.q_proj(x_BLD), self.k_proj(x_BLD), self.v_proj(x_BLD)
         wide = torch.promote_types(k_BLE.dtype, torch.float32)
         k_BLE, tail = ops.short_conv(
@@ -207,7 +194,7 @@ class H3(SequenceMixer):
     def start_from(self, attention: AttentionWeights, stats: AttentionStats | None) -> None:
         """Set all weights as the module docstring says."""
         a, P = attention, self.config.head_dim
-        groups, times = a.value_head_dim // P, a.num_heads // a.num_kv_heads
+        groups = a.value_head_dim // P
         q_HPD, q_HP, k_HPD = _first_order(a, first_order_share(a, stats).to(a.q_HKD.device), P)
         spread = lambda t: t.repeat_interleave(groups, 0).flatten(0, 1)  # noqa: E731 every group of values has the same
         self.q_proj.weight.copy_(spread(q_HPD))
@@ -215,10 +202,10 @@ class H3(SequenceMixer):
         self.k_proj.weight.copy_(spread(k_HPD))
         self.k_proj.bias.zero_()
         self.k_proj.bias[::P] = 1
-        self.v_proj.weight.copy_(a.v_GVD.unflatten(0, (a.num_kv_heads, -1)).repeat_interleave(times, 0).flatten(0, 1))
+        self.v_proj.weight.copy_(a.per_query_head(a.v_GVD).flatten(0, 1))
         self.v_proj.bias.zero_()
         if a.v_bias is not None:
-            self.v_proj.bias.copy_(a.v_bias.unflatten(0, (a.num_kv_heads, -1)).repeat_interleave(times, 0).flatten())
+            self.v_proj.bias.copy_(a.per_query_head(a.v_bias).flatten())
         self.shift_C.zero_()
         self.shift_D.fill_(1)
         self.D.zero_()
@@ -246,7 +233,7 @@ def _first_order(attention: AttentionWeights, share_H: Tensor, rank: int) -> tup
     """
     a = attention
     q_HKD = a.q_HKD.float().unflatten(0, (a.num_heads, -1)) * (a.scale * share_H)[:, None, None]
-    k_HKD = a.k_GKD.float().unflatten(0, (a.num_kv_heads, -1)).repeat_interleave(a.num_heads // a.num_kv_heads, 0)
+    k_HKD = a.per_query_head(a.k_GKD)
     # W_q^T W_k = Q_q (R_q R_k^T) Q_k^T, so that only a K x K matrix is decomposed.
     (base_q, r_q), (base_k, r_k) = torch.linalg.qr(q_HKD.mT), torch.linalg.qr(k_HKD.mT)
     u_HKR, s_HR, v_HRK = torch.linalg.svd(r_q @ r_k.mT)

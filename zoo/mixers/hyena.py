@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from zoo.config import MixerOptions
-from zoo.errors import ConversionError, TraitError
+from zoo.errors import ConversionError
 from zoo.linear import Linear
-from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits, refuse_segments_with_state
+from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits
 from zoo.mixers.qkv import Inputs, ShortConv
 from zoo.mixers.recurrent import LN2, lookback
 from zoo.ops.backends import no_autocast
@@ -161,11 +161,7 @@ class Hyena(SequenceMixer):
         segments_BL: Tensor | None = None,
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
-        refuse_segments_with_state(segments_BL, state)
-        if state is not None and not self.config.causal:
-            raise TraitError(f"mixer {self.name!r} is two-sided here (causal: false), so there is no state to carry")
-        if mask_BL is not None:  # whatever stands in the padding, nothing of it gets any further
-            x_BLD = x_BLD.masked_fill(~mask_BL[..., None], 0)
+        x_BLD = self.take_in(x_BLD, mask_BL, segments_BL, state)
         inputs = Inputs(x_BLD, mask_BL, segments_BL, None, state)
         u_BLC, tail = self.conv(self.in_proj(x_BLD), inputs, None if state is None else state["conv"])
         first, *gates, v_BLE = u_BLC.split(self.inner, -1)
@@ -286,13 +282,12 @@ class Hyena(SequenceMixer):
     def start_from(self, attention: AttentionWeights, stats: AttentionStats | None) -> None:
         """Set all weights as the module docstring says."""
         a, E, T = attention, self.inner, self.config.window
-        times = a.num_heads // a.num_kv_heads
         self.in_proj.weight.zero_()
-        self.in_proj.weight[-E:] = a.v_GVD.unflatten(0, (a.num_kv_heads, -1)).repeat_interleave(times, 0).flatten(0, 1)
+        self.in_proj.weight[-E:] = a.per_query_head(a.v_GVD).flatten(0, 1)
         self.in_proj.bias.fill_(1.0)
         self.in_proj.bias[-E:] = 0
         if a.v_bias is not None:
-            self.in_proj.bias[-E:] = a.v_bias.unflatten(0, (a.num_kv_heads, -1)).repeat_interleave(times, 0).flatten()
+            self.in_proj.bias[-E:] = a.per_query_head(a.v_bias).flatten()
         self.conv.set_identity()
         half_life_E = lookback(a, stats, a.num_heads).repeat_interleave(a.value_head_dim).to(self.decay)
         z_E = 2 ** (-1 / half_life_E)

@@ -183,8 +183,7 @@ class LSHAttention(QKVMixer):
                 f"attention with {a.num_heads} heads of {a.head_dim} and values of {a.value_head_dim}"
             )
         values = [a.v_GVD, torch.zeros(len(a.v_GVD)) if a.v_bias is None else a.v_bias]
-        group = a.num_heads // a.num_kv_heads
-        weight, bias = (x.unflatten(0, (a.num_kv_heads, -1)).repeat_interleave(group, 0).flatten(0, 1) for x in values)
+        weight, bias = (a.per_query_head(x).flatten(0, 1) for x in values)
         self.v_proj.weight.copy_(weight)
         self.o_proj.weight.copy_(a.o_DHV)
         shared_HKE = shared_projection(a)

@@ -31,7 +31,7 @@ from transformers import initialization as init
 from zoo.config import MixerOptions
 from zoo.errors import ConversionError
 from zoo.linear import Linear
-from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits, refuse_segments_with_state
+from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits
 from zoo.mixers.qkv import SILU_ONE, HeadNorm, Inputs, ShortConv
 from zoo.mixers.recurrent import LN2, SOFTPLUS_ONE, first_order_share, inverse_softplus_times, lookback, softplus32
 from zoo.ops.diagonal import selective_scan
@@ -104,9 +104,7 @@ class Mamba(SequenceMixer):
         segments_BL: Tensor | None = None,
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
-        refuse_segments_with_state(segments_BL, state)
-        if mask_BL is not None:  # whatever stands in the padding, nothing of it gets any further
-            x_BLD = x_BLD.masked_fill(~mask_BL[..., None], 0)
+        x_BLD = self.take_in(x_BLD, mask_BL, segments_BL, state)
         y_BLE, left = self.scan(x_BLD, mask_BL, segments_BL, state)
         return self.out_proj(y_BLE), None if state is None else State(left, state.length + x_BLD.shape[1])
 
@@ -195,8 +193,7 @@ class Mamba(SequenceMixer):
         """Set all weights as the module docstring says."""
         a, N, R = attention, self.config.state_dim, self.rank
         assert self.conv.bias is not None
-        times, P = a.num_heads // a.num_kv_heads, a.num_heads * a.value_head_dim
-        v_PD = a.v_GVD.unflatten(0, (a.num_kv_heads, -1)).repeat_interleave(times, 0).flatten(0, 1).float()
+        P, v_PD = a.num_heads * a.value_head_dim, a.per_query_head(a.v_GVD).flatten(0, 1)
         half_life_P = lookback(a, stats, a.num_heads).repeat_interleave(a.value_head_dim).to(v_PD.device)
         self.in_proj.bias.zero_()
         self.in_proj.weight[self.inner :] = 0  # z: gates open
@@ -205,7 +202,7 @@ class Mamba(SequenceMixer):
         self.in_proj.weight[2 * P] = 0
         v_P = v_PD.new_zeros(P)
         if a.v_bias is not None:
-            v_P = a.v_bias.unflatten(0, (a.num_kv_heads, -1)).repeat_interleave(times, 0).flatten().float()
+            v_P = a.per_query_head(a.v_bias).flatten()
             self.in_proj.bias[: 2 * P] = torch.cat([v_P, -v_P])
         self.conv.set_identity()
         self.conv.weight[2 * P] = 0
@@ -237,7 +234,7 @@ def _first_order(attention: AttentionWeights, share_H: Tensor, rank: int) -> tup
     q_HKE = a.q_HKD.float().unflatten(0, (a.num_heads, -1))
     bias_HK1 = torch.zeros_like(q_HKE[..., :1]) if a.q_bias is None else a.q_bias.float().view(a.num_heads, -1, 1)
     q_HKE = torch.cat([q_HKE, bias_HK1], -1) * share_H[:, None, None]
-    k_HKD = a.k_GKD.float().unflatten(0, (a.num_kv_heads, -1)).repeat_interleave(a.num_heads // a.num_kv_heads, 0)
+    k_HKD = a.per_query_head(a.k_GKD)
     u_ER, s_R, v_RD = torch.linalg.svd(
         torch.einsum("hke,hkd->ed", q_HKE, k_HKD) * (a.scale / a.num_heads), full_matrices=False
     )

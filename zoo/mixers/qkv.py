@@ -21,9 +21,9 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import MixerOptions
-from zoo.errors import ConversionError, TraitError
+from zoo.errors import ConversionError
 from zoo.linear import Linear
-from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, refuse_segments_with_state
+from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State
 from zoo.ops.positions import token_positions
 from zoo.ops.rotary import RotaryConfig, apply_rotary, rotary_tables
 
@@ -178,11 +178,7 @@ class QKVMixer(SequenceMixer):
         state: State | None = None,
         shared: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, State | None]:
-        refuse_segments_with_state(segments_BL, state)
-        if state is not None and not self.config.causal:
-            raise TraitError(f"mixer {self.name!r} is two-sided here (causal: false), so there is no state to carry")
-        if mask_BL is not None:  # whatever stands in the padding, nothing of it gets any further
-            x_BLD = x_BLD.masked_fill(~mask_BL[..., None], 0)
+        x_BLD = self.take_in(x_BLD, mask_BL, segments_BL, state)
         positions_BL, seen_B = None, None
         counts = self.config.rotary is not None or self.needs_positions
         if counts and state is not None and (mask_BL is not None or "seen" in state):

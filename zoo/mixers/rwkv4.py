@@ -28,7 +28,7 @@ from transformers import initialization as init
 from zoo.config import MixerOptions
 from zoo.errors import ConversionError
 from zoo.linear import Linear
-from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits, refuse_segments_with_state
+from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits
 from zoo.mixers.recurrent import LN2, lookback
 from zoo.mixers.rwkv import depth, ramp, ramp_to_one, zigzag
 from zoo.ops.shift import token_shift
@@ -79,9 +79,7 @@ class RWKV4(SequenceMixer):
         segments_BL: Tensor | None = None,
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
-        refuse_segments_with_state(segments_BL, state)
-        if mask_BL is not None:  # whatever stands in the padding, nothing of it gets any further
-            x_BLD = x_BLD.masked_fill(~mask_BL[..., None], 0)
+        x_BLD = self.take_in(x_BLD, mask_BL, segments_BL, state)
         where: dict[str, Any] = {"mask_BL": mask_BL, "segments_BL": segments_BL, "final": state is not None}
         initial = (None, None) if state is None else (state["shift"], state["wkv"])
         shifted_BLD, last_BD = token_shift(x_BLD, initial=initial[0], **where)
@@ -145,26 +143,21 @@ class RWKV4(SequenceMixer):
 
     def start_from(self, attention: AttentionWeights, stats: AttentionStats | None) -> None:
         """Set all weights as the module docstring says."""
-        a, times = attention, attention.num_heads // attention.num_kv_heads
-
-        def per_query_head(x: Tensor, size: int) -> Tensor:
-            return x.float().unflatten(0, (-1, size)).repeat_interleave(times, 0)
-
+        a = attention
         for share_D in (self.shift_k, self.shift_v, self.shift_r):
             share_D.fill_(1.0)
-        v_ED = per_query_head(a.v_GVD, a.value_head_dim).flatten(0, 1)
+        v_ED = a.per_query_head(a.v_GVD).flatten(0, 1)
         rate_E = (LN2 / lookback(a, stats, a.num_heads)).repeat_interleave(a.value_head_dim)
         self.v_proj.weight.copy_(v_ED)
         self.log_rate.copy_(rate_E.log())
         self.bonus.copy_(rate_E)  # so that the present continues the line: it counts e^w times its predecessor
         if a.q_bias is not None:
             mean_HK = a.q_bias.float().view(a.num_heads, -1)
-            k_HKD = per_query_head(a.k_GKD, a.head_dim)
-            score_HD = a.scale * torch.einsum("hk,hkd->hd", mean_HK, k_HKD)
+            score_HD = a.scale * torch.einsum("hk,hkd->hd", mean_HK, a.per_query_head(a.k_GKD))
             self.k_proj.weight.copy_(score_HD.repeat_interleave(a.value_head_dim, 0))
         self.o_proj.weight.copy_(2 * a.o_DHV.float())
         if self.o_proj.bias is not None:
             bias_D = torch.zeros(self.width, device=v_ED.device) if a.o_bias is None else a.o_bias.float()
             if a.v_bias is not None:
-                bias_D = bias_D + a.o_DHV.float() @ per_query_head(a.v_bias, a.value_head_dim).flatten()
+                bias_D = bias_D + a.o_DHV.float() @ a.per_query_head(a.v_bias).flatten()
             self.o_proj.bias.copy_(bias_D)

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from zoo.config import MixerOptions
-from zoo.errors import TraitError
 from zoo.linear import Linear
-from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits, refuse_segments_with_state
+from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits
 from zoo.mixers.recurrent import LN2, lookback
 from zoo.ops.state_space import diagonal_ssm, discretize, legs_normal
 from zoo.registry import register_mixer
@@ -35,16 +34,15 @@ from zoo.registry import register_mixer
 SMALL = 0.1  # what a converted layer's inputs of gelu are multiplied with
 
 
-class StateSpaceOptions(MixerOptions):
-    """Options of mixers in the block of S4. state_dim: N, counting both of a conjugate pair. glu: a gate after W.
+class PairedStateOptions(MixerOptions):
+    """Options of state space models with complex states. state_dim: N, counting both of a conjugate pair.
 
-    dt_min, dt_max: range from which `reset_parameters` draws the steps of the channels.
+    dt_min, dt_max: range from which `reset_parameters` draws the steps.
     """
 
     state_dim: int = Field(64, ge=2, le=1024)
     dt_min: float = Field(0.001, gt=0, le=10)
     dt_max: float = Field(0.1, gt=0, le=10)
-    glu: bool = True
     causal: bool = True
 
     @field_validator("state_dim")
@@ -53,6 +51,12 @@ class StateSpaceOptions(MixerOptions):
         if value % 2:
             raise ValueError(f"states come in conjugate pairs, so their number is even; {value} is not")
         return value
+
+
+class StateSpaceOptions(PairedStateOptions):
+    """Options of mixers in the block of S4. glu: a gate after W."""
+
+    glu: bool = True
 
 
 class StateSpaceMixer(SequenceMixer):
@@ -82,11 +86,7 @@ class StateSpaceMixer(SequenceMixer):
         segments_BL: Tensor | None = None,
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
-        refuse_segments_with_state(segments_BL, state)
-        if state is not None and not self.config.causal:
-            raise TraitError(f"mixer {self.name!r} is two-sided here (causal: false), so there is no state to carry")
-        if mask_BL is not None:  # whatever stands in the padding, nothing of it gets any further
-            x_BLD = x_BLD.masked_fill(~mask_BL[..., None], 0)
+        x_BLD = self.take_in(x_BLD, mask_BL, segments_BL, state)
         before = None if state is None else torch.view_as_complex(state["ssm"])
         y_BLD, after = self.ssm(x_BLD, mask_BL, segments_BL, before)
         out_BLD = self.out_proj(F.gelu(y_BLD + x_BLD * self.D.to(x_BLD.dtype)))
@@ -117,13 +117,11 @@ class StateSpaceMixer(SequenceMixer):
     def start_map(self, attention: AttentionWeights) -> None:
         """W from the sum of W_o W_v over the heads, for inputs of gelu that are `SMALL` times what they stand for."""
         a, D = attention, self.width
-        times = a.num_heads // a.num_kv_heads
-        v_PD = a.v_GVD.unflatten(0, (a.num_kv_heads, -1)).repeat_interleave(times, 0).flatten(0, 1).float()
+        v_PD = a.per_query_head(a.v_GVD).flatten(0, 1)
         factor = 2.0 if self.config.glu else 1.0  # a gate of weight zero is a half
         bias_D = torch.zeros(D, device=v_PD.device) if a.o_bias is None else a.o_bias.float()
         if a.v_bias is not None:
-            v_P = a.v_bias.unflatten(0, (a.num_kv_heads, -1)).repeat_interleave(times, 0).flatten().float()
-            bias_D = bias_D + a.o_DHV.float() @ v_P
+            bias_D = bias_D + a.o_DHV.float() @ a.per_query_head(a.v_bias).flatten()
         self.D.zero_()
         self.out_proj.weight.zero_()
         self.out_proj.bias.zero_()
@@ -148,7 +146,7 @@ def channel_half_lives(attention: AttentionWeights, stats: AttentionStats | None
     """Half-life (D) of each input channel: the heads' look-backs, a geometric mean weighted by what they take of it."""
     a = attention
     o_DHV = a.o_DHV.float().unflatten(1, (a.num_heads, -1))
-    v_HVD = a.v_GVD.float().unflatten(0, (a.num_kv_heads, -1)).repeat_interleave(a.num_heads // a.num_kv_heads, 0)
+    v_HVD = a.per_query_head(a.v_GVD)
     share_HD = torch.stack([(o_DHV[:, h] @ v_HVD[h]).square().sum(0) for h in range(a.num_heads)])
     log_H = lookback(a, stats, a.num_heads).to(share_HD).log()
     return ((share_HD * log_H[:, None]).sum(0) / share_HD.sum(0).clamp(min=1e-12)).exp().clamp(min=1.0)

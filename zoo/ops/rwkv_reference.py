@@ -6,6 +6,8 @@ A masked position changes nothing and gives 0; a packed run starts from nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -50,20 +52,13 @@ def bonus_recurrence_reference(
     segments_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-6 (Peng et al. 2024): y_t = (S_{t-1} + diag(u) k_t v_t^T)^T q_t, then the state moves on."""
-    B, G, L, K = k_BGLK.shape
-    R, real_BL = q_BHLK.shape[1] // G, torch.ones(B, L, dtype=torch.bool) if mask_BL is None else mask_BL
-    starts_BL = _run_starts(segments_BL, real_BL)
-    S_BGKV = k_BGLK.new_zeros(B, G, K, v_BGLV.shape[-1]) if initial is None else initial
-    steps = []
-    for t, (real_B, start_B) in enumerate(zip(real_BL.T, starts_BL.T, strict=True)):
-        S_BGKV = S_BGKV.masked_fill(start_B[:, None, None, None], 0)
+
+    def step(t: int, S_BGKV: Tensor) -> tuple[Tensor, Tensor]:
         write_BGKV = k_BGLK[:, :, t, :, None] * v_BGLV[:, :, t, None]
-        seen_BHKV = (S_BGKV + bonus_GK[..., None] * write_BGKV).repeat_interleave(R, 1)
-        y_BHV = scale * torch.einsum("bhk,bhkv->bhv", q_BHLK[:, :, t], seen_BHKV)
         after_BGKV = log_decay_BGLK[:, :, t, :, None].exp() * S_BGKV + write_BGKV
-        S_BGKV = torch.where(real_B[:, None, None, None], after_BGKV, S_BGKV)
-        steps.append(torch.where(real_B[:, None, None], y_BHV, 0.0))
-    return torch.stack(steps, 2), S_BGKV
+        return S_BGKV + bonus_GK[..., None] * write_BGKV, after_BGKV
+
+    return _token_by_token(step, q_BHLK, k_BGLK, v_BGLV, scale, initial, mask_BL, segments_BL)
 
 
 def generalized_delta_rule_reference(
@@ -80,17 +75,36 @@ def generalized_delta_rule_reference(
     segments_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7 (Peng et al. 2025): S_t = (diag(a_t) - b_t c_t^T) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t."""
+
+    def step(t: int, S_BGKV: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, c = log_decay_BGLK[:, :, t].exp(), along_BGLK[:, :, t], removal_BGLK[:, :, t]
+        transition_BGKK = torch.diag_embed(a) - b[..., None] * c[..., None, :]
+        after_BGKV = transition_BGKK @ S_BGKV + k_BGLK[:, :, t, :, None] * v_BGLV[:, :, t, None]
+        return after_BGKV, after_BGKV
+
+    return _token_by_token(step, q_BHLK, k_BGLK, v_BGLV, scale, initial, mask_BL, segments_BL)
+
+
+def _token_by_token(
+    step: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+    q_BHLK: Tensor,
+    k_BGLK: Tensor,
+    v_BGLV: Tensor,
+    scale: float,
+    initial: Tensor | None,
+    mask_BL: Tensor | None,
+    segments_BL: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """From `step`, which makes the matrix that the queries of token t read and the one after it from the one before."""
     B, G, L, K = k_BGLK.shape
     R, real_BL = q_BHLK.shape[1] // G, torch.ones(B, L, dtype=torch.bool) if mask_BL is None else mask_BL
     starts_BL = _run_starts(segments_BL, real_BL)
     S_BGKV = k_BGLK.new_zeros(B, G, K, v_BGLV.shape[-1]) if initial is None else initial
-    steps = []
+    outputs = []
     for t, (real_B, start_B) in enumerate(zip(real_BL.T, starts_BL.T, strict=True)):
         S_BGKV = S_BGKV.masked_fill(start_B[:, None, None, None], 0)
-        a, b, c = log_decay_BGLK[:, :, t].exp(), along_BGLK[:, :, t], removal_BGLK[:, :, t]
-        transition_BGKK = torch.diag_embed(a) - b[..., None] * c[..., None, :]
-        after_BGKV = transition_BGKK @ S_BGKV + k_BGLK[:, :, t, :, None] * v_BGLV[:, :, t, None]
+        seen_BGKV, after_BGKV = step(t, S_BGKV)
+        y_BHV = scale * torch.einsum("bhk,bhkv->bhv", q_BHLK[:, :, t], seen_BGKV.repeat_interleave(R, 1))
         S_BGKV = torch.where(real_B[:, None, None, None], after_BGKV, S_BGKV)
-        y_BHV = scale * torch.einsum("bhk,bhkv->bhv", q_BHLK[:, :, t], S_BGKV.repeat_interleave(R, 1))
-        steps.append(torch.where(real_B[:, None, None], y_BHV, 0.0))
-    return torch.stack(steps, 2), S_BGKV
+        outputs.append(torch.where(real_B[:, None, None], y_BHV, 0.0))
+    return torch.stack(outputs, 2), S_BGKV

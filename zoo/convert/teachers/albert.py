@@ -28,17 +28,7 @@ class Albert(Encoder):
     dropped = ("pooler",)
 
     def spec(self, config: Any, task: str) -> dict[str, Any]:
-        values = self.encoder_spec(
-            config,
-            task,
-            inner=config.intermediate_size,
-            activation=config.hidden_act,
-            eps=config.layer_norm_eps,
-            dropout=config.hidden_dropout_prob,
-            token_types=config.type_vocab_size,
-            embedding_size=config.embedding_size,
-            embedding_projection="sum",
-        )
+        values = self.bert_spec(config, task, embedding_size=config.embedding_size, embedding_projection="sum")
         owners = first_layers(config)
         values["layers"] = [
             layer if owners[i] == i else {**layer, "same_as": owners[i]} for i, layer in enumerate(values["layers"])

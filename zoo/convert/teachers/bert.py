@@ -56,6 +56,17 @@ class Encoder(TeacherAdapter):
             values |= {"mlm_transform": True, "mlm_activation": activation, "lm_head_bias": True}
         return values
 
+    def bert_spec(self, config: Any, task: str, **fields: Any) -> dict[str, Any]:
+        """`encoder_spec` of a config whose fields are named as BERT's."""
+        named = {
+            "inner": config.intermediate_size,
+            "activation": config.hidden_act,
+            "eps": config.layer_norm_eps,
+            "dropout": config.hidden_dropout_prob,
+            "token_types": config.type_vocab_size,
+        }
+        return self.encoder_spec(config, task, **named, **fields)
+
     def inputs(self, ids_BL: Tensor, mask_BL: Tensor) -> dict[str, Tensor]:
         return {"input_ids": ids_BL, "attention_mask": mask_BL}
 
@@ -70,15 +81,7 @@ class _BertLike(Encoder):
     dropped = ("pooler",)
 
     def spec(self, config: Any, task: str) -> dict[str, Any]:
-        values = self.encoder_spec(
-            config,
-            task,
-            inner=config.intermediate_size,
-            activation=config.hidden_act,
-            eps=config.layer_norm_eps,
-            dropout=config.hidden_dropout_prob,
-            token_types=config.type_vocab_size,
-        )
+        values = self.bert_spec(config, task)
         if task == "sequence-classification":
             dropout = getattr(config, "classifier_dropout", None)
             values |= {

@@ -48,14 +48,9 @@ class MobileBert(Encoder):
             "activation": config.hidden_act,
             "attention_input": "residual" if config.use_bottleneck_attention else "own",
         }
-        values = self.encoder_spec(
+        values = self.bert_spec(
             config,
             task,
-            inner=config.intermediate_size,
-            activation=config.hidden_act,
-            eps=config.layer_norm_eps,
-            dropout=config.hidden_dropout_prob,
-            token_types=config.type_vocab_size,
             norm="no_norm",
             layers=[{"mixer": mixer, "ffn": None}] * config.num_hidden_layers,
             embedding_size=config.embedding_size,
