@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_images import make_classifier, make_images, make_scan_student
+from tiny_images import make_classifier, make_images, make_scan_student, write_idx
 from typer.testing import CliRunner
 
 import zoo
@@ -55,9 +55,8 @@ def test_the_numbers_are_the_plain_ones(models):
 def test_from_a_run_to_a_card(models, tmp_path):
     """A model trained from nothing is scored alone, on what its run held out; its student against it."""
     runner, out = CliRunner(), tmp_path / "student"
-    for name, values in (("images-idx3-ubyte", IMAGES[0][:, 0]), ("labels-idx1-ubyte", IMAGES[1].to(torch.uint8))):
-        sizes = b"".join(n.to_bytes(4, "big") for n in values.shape)
-        (tmp_path / name).write_bytes(bytes([0, 0, 8, values.dim()]) + sizes + values.numpy().tobytes())
+    write_idx(tmp_path / "images-idx3-ubyte", IMAGES[0][:, 0])
+    write_idx(tmp_path / "labels-idx1-ubyte", IMAGES[1].to(torch.uint8))
     make_classifier().save_pretrained(tmp_path / "start")
     stage = "{kind: pretrain, budget: {images: 64}, batch_size: 16, precision: fp32}"
     common = f"data: {tmp_path}/images-idx3-ubyte\nheld_out: 0.2\n"

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_images import SIZE, make_classifier, make_images, make_scan_student
+from tiny_images import SIZE, make_classifier, make_images, make_scan_student, write_idx
 
 import zoo
 from zoo.config import ImageOptions
@@ -16,7 +16,7 @@ from zoo.images import open_images, split_images
 from zoo.train.api import train_recipe
 from zoo.train.data import Batch
 from zoo.train.image_data import ImageBatches, varied
-from zoo.train.recipe import Augment, Recipe, Stage
+from zoo.train.recipe import Augment, Recipe, Stage, list_recipes, load_recipe
 from zoo.train.stages import Objective, converted_layers
 
 OPTIONS = ImageOptions.parse(SIZE)
@@ -214,10 +214,8 @@ def test_epochs_repeat_the_batches_and_keep_the_teacher(tmp_path, monkeypatch):
 
 def test_a_recipe_from_images_to_a_student(tmp_path):
     images = tmp_path / "train-images-idx3-ubyte"
-    labels = tmp_path / "train-labels-idx1-ubyte"
-    for path, values in ((images, IMAGES[0][:, 0]), (labels, IMAGES[1].to(torch.uint8))):
-        sizes = b"".join(n.to_bytes(4, "big") for n in values.shape)
-        path.write_bytes(bytes([0, 0, 8, values.dim()]) + sizes + values.numpy().tobytes())
+    write_idx(images, IMAGES[0][:, 0])
+    write_idx(tmp_path / "train-labels-idx1-ubyte", IMAGES[1].to(torch.uint8))
     common = {"data": str(images), "held_out": 0.1}
     stage = {**STAGE, "kind": "pretrain", "budget": {"images": 64}}
     make_classifier().save_pretrained(tmp_path / "start")
@@ -246,3 +244,20 @@ def test_what_does_not_fit_is_refused():
     teacher = make_classifier(image={"mean": [0.4]})
     with pytest.raises(ConfigError, match=r"image\.mean: student and teacher read images differently"):
         zoo.distill(student, teacher, data=IMAGES, stages=[{**STAGE, "kind": "distill"}])
+
+
+def test_the_recipes_run(tmp_path):
+    names = [name for name in list_recipes() if name.startswith("fashion-mnist-")]
+    assert names == ["fashion-mnist-linear-attention", "fashion-mnist-mamba2", "fashion-mnist-teacher"]
+    pixels = torch.randint(256, (24, 28, 28), dtype=torch.uint8)
+    write_idx(tmp_path / "train-images-idx3-ubyte", pixels)
+    write_idx(tmp_path / "train-labels-idx1-ubyte", torch.arange(24).to(torch.uint8) % 10)
+    for name in sorted(names, reverse=True):
+        changes = [f"data={tmp_path}/train-images-idx3-ubyte", f"out={tmp_path}/{name}", "eval_tokens=0"]
+        changes += [] if "teacher" in name else [f"teacher={tmp_path}/fashion-mnist-teacher", "calibrate=false"]
+        stages = range(1 if "teacher" in name else 2)
+        changes += [f"stages.{i}.{key}" for i in stages for key in ("budget={images: 8}", "batch_size=4")]
+        result = train_recipe(load_recipe(name, changes), progress=False)
+        assert [stage["steps"] for stage in result.stages] == [2 for _ in stages]
+        assert result.model.config.spec.image.mean == [0.286]
+    assert set(result.model.config.mixer_names) == {"linear_attention"}

@@ -32,3 +32,9 @@ def make_classifier(seed=0, layers=2, mixer=None, **fields):
 def make_scan_student(teacher):
     torch.manual_seed(1)
     return replace_mixers(teacher, {1: {"name": "scan", "inner": {"name": "mamba2"}}})
+
+
+def write_idx(path, values):
+    """Unsigned bytes as a file in the IDX format."""
+    sizes = b"".join(n.to_bytes(4, "big") for n in values.shape)
+    path.write_bytes(bytes([0, 0, 8, values.dim()]) + sizes + values.numpy().tobytes())
