@@ -17,12 +17,10 @@ from torch import Tensor
 
 from zoo.config import ImageOptions
 from zoo.errors import ConfigError, DataError
-from zoo.images import Images, SomeImages, normalise, open_images, split_images
+from zoo.images import Images, SomeImages, normalise, open_images, sample_images, split_images
 from zoo.train.data import Batch
 from zoo.train.recipe import Augment, Stage
 from zoo.train.sources import Stream, TrainingData
-
-CALIBRATED = 512  # images that a conversion is measured on
 
 
 class ImageBatches:
@@ -144,5 +142,4 @@ class ImageData(TrainingData):
         return list(image_batches(SomeImages(self.held, first), self.options, stage.batch_size))
 
     def calibration(self, stages: Sequence[Stage]) -> dict[str, Any]:
-        numbers = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed))[:CALIBRATED]
-        return {"data": normalise(self.train.pixels(numbers.tolist(), self.options), self.options)}
+        return {"data": sample_images(self.train, self.options, seed=self.seed)}

@@ -276,6 +276,12 @@ def fit(pixels: Tensor, options: ImageOptions, where: str = "image") -> Tensor:
     return flat[..., top : top + size, left : left + size].reshape(*x.shape[:-2], size, size)
 
 
+def sample_images(images: Images, options: ImageOptions, *, count: int = 512, seed: int = 0) -> Tensor:
+    """Images drawn by `seed` as a model reads them (B, channels, image_size, image_size): `count`, or all there are."""
+    numbers = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    return normalise(images.pixels(numbers, options), options)
+
+
 def normalise(x_BCHW: Tensor, options: ImageOptions) -> Tensor:
     """(x - mean) / std of each channel, as the model's config says; x itself where it says nothing."""
     if not options.mean:

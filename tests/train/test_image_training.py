@@ -217,6 +217,8 @@ def test_a_recipe_from_images_to_a_student(tmp_path):
     write_idx(images, IMAGES[0][:, 0])
     write_idx(tmp_path / "train-labels-idx1-ubyte", IMAGES[1].to(torch.uint8))
     common = {"data": str(images), "held_out": 0.1}
+    student = zoo.convert(make_classifier(), "linear_attention", data=str(images), progress=False)
+    assert (student.report.data, student.report.measure) == (str(images), "KL, nats/image")
     stage = {**STAGE, "kind": "pretrain", "budget": {"images": 64}}
     make_classifier().save_pretrained(tmp_path / "start")
     made = Recipe.parse(

@@ -30,6 +30,7 @@ from zoo.convert.surgery import (
 from zoo.convert.target import check_target, fit_to_target
 from zoo.convert.teachers import Teacher, load_teacher
 from zoo.errors import ConversionError
+from zoo.images import open_images, sample_images
 from zoo.models.backbone import ZooPreTrainedModel
 from zoo.models.shared import refuse_shared
 from zoo.text import sample_tokens
@@ -68,9 +69,9 @@ def convert(
             `zoo.convert.experts`), with `ffn_options` such as ``{"num_experts": 8, "top_k": 2}``.
         target: a layout that must be able to hold the student, such as "transformers" (`zoo.convert.target`): options
             are set for it, and a mixer without a form there is refused before any work.
-        data: what to measure on: text (files, a glob, "hf:NAME", documents), token ids (rows, length), or images
-            (images, channels, rows, columns) as the model reads them. By default a causal language model writes text
-            itself (`sample_from_teacher`); encoders need it given.
+        data: what to measure on: text (files, a glob, "hf:NAME", documents), token ids (rows, length), or images: a
+            source of them (`zoo.images`), or a tensor (images, channels, rows, columns) as the model reads them. By
+            default a causal language model writes text itself (`sample_from_teacher`); encoders need it given.
         calibrate: refit output projections in closed form where that brings the student closer on held-out rows.
         tokens, length: how many tokens to measure on, and in a row. A quarter of the rows is held out from the refits.
         seed: of the sampling.
@@ -184,6 +185,9 @@ def _calibration_tokens(
         return None, "none"
     if isinstance(data, Tensor):
         found, where = data, "given images" if teacher.task == "image-classification" else "given tokens"
+    elif data is not None and teacher.task == "image-classification":
+        images = open_images(data)
+        found, where = sample_images(images, config.spec.image, seed=seed), images.name
     elif data is not None:
         if teacher.tokenizer is None:
             raise ConversionError(
