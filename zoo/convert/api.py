@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.config import ImageOptions
 from zoo.convert import calibration, experts
 from zoo.convert.layerwise import MEASURES, Trace
 from zoo.convert.report import ConversionReport, LayerReport
@@ -186,8 +187,8 @@ def _calibration_tokens(
     if isinstance(data, Tensor):
         found, where = data, "given images" if teacher.task == "image-classification" else "given tokens"
     elif data is not None and teacher.task == "image-classification":
-        images = open_images(data)
-        found, where = sample_images(images, config.spec.image, seed=seed), images.name
+        images, options = open_images(data), config.spec.image or ImageOptions()
+        found, where = sample_images(images, options, seed=seed), images.name
     elif data is not None:
         if teacher.tokenizer is None:
             raise ConversionError(
