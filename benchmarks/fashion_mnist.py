@@ -50,7 +50,8 @@ def train_and_score(name: str, runs: Path, data: Path) -> tuple[Score, dict[str,
     changes = [f"out={out}", f"data={data}/train-images-idx3-ubyte.gz"]
     if name != "teacher":
         changes.append(f"teacher={teacher}")
-    train_recipe(load_recipe(f"fashion-mnist-{name}", changes))
+    if not (out / "train.json").is_file():  # written last
+        train_recipe(load_recipe(f"fashion-mnist-{name}", changes))
     recorded = json.loads((out / "train.json").read_text(encoding="utf-8"))
     initial = out / "initial"
     measured = score(
