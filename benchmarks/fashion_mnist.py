@@ -25,7 +25,7 @@ from zoo.train.score import Score, score
 
 COMMAND = "python benchmarks/fashion_mnist.py"
 STUDENTS = ("linear-attention", "mamba2")
-COLUMNS = ("accuracy", "top1", "kl", "images_per_s", "parameters", "train_tokens", "train_cpu_seconds")
+COLUMNS = ("accuracy", "top1", "kl", "images_per_cpu_s", "parameters", "train_tokens", "train_cpu_seconds")
 
 
 def main() -> None:

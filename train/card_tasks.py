@@ -182,8 +182,9 @@ def cost(rows: Sequence[Row]) -> dict[str, Cell]:
     for key, title in (("decode_tokens_per_s", "decoding"), ("prefill_tokens_per_s", "prefill")):
         lines |= {f"{title} at {n}, tokens/s": speed(key, n) for n in lengths(rows, key)}
     lines["parameters"] = lambda row: _shown(short_count, at(row, "parameters"))
-    lines["distilled on, tokens"] = spent(lambda row: _shown(short_count, at(row, "train_tokens")))
-    lines["distilled for, CPU-seconds"] = spent(lambda row: number(row, "train_cpu_seconds", digits=0))
+    made = "distilled" if teacher else "trained"
+    lines[f"{made} on, tokens"] = spent(lambda row: _shown(short_count, at(row, "train_tokens")))
+    lines[f"{made} for, CPU-seconds"] = spent(lambda row: number(row, "train_cpu_seconds", digits=0))
     return lines
 
 
@@ -270,6 +271,7 @@ def image_tables(score: Values) -> list[Group]:
         "same answer as the teacher": lambda row: percent(row, "top1"),
         "KL to the teacher, nats": _with_error("kl", "kl_standard_error"),
         "images/s": lambda row: number(row, "images_per_s", digits=0),
+        "images/CPU-second": lambda row: number(row, "images_per_cpu_s", digits=0),
     }
     count = at(score.get("data") or {}, "rows")
     return [(f"Quality on {'held-out' if count is None else count} images", quality)]
