@@ -138,7 +138,8 @@ def append(
     out = {}
     for name, (piece, dim) in new.items():
         buffer = tensors[name]
-        if torch.is_grad_enabled() and (piece.requires_grad or buffer.requires_grad):
+        grads = torch.is_grad_enabled() and (piece.requires_grad or buffer.requires_grad)
+        if grads or torch.compiler.is_exporting():
             out[name] = torch.cat([buffer.narrow(dim, 0, start), piece], dim)
             continue
         if buffer.shape[dim] < end:

@@ -44,7 +44,7 @@ class PatchEmbedding(nn.Module):
         parts = [x_BDRC.flatten(2).mT]
         for name in ("distillation_token", "class_token"):
             if hasattr(self, name):
-                parts.insert(0, getattr(self, name).expand(len(x_BDRC), -1, -1).to(x_BDRC.dtype))
+                parts.insert(0, getattr(self, name).expand(x_BDRC.shape[0], -1, -1).to(x_BDRC.dtype))
         x_BLD = torch.cat(parts, 1)
         return x_BLD + self.positions(rows, columns) if self.options.positions else x_BLD
 

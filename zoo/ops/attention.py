@@ -151,7 +151,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal, scale, mask_BS, segments_B
             k,
             v,
             attn_mask=None if visible is None else visible[:, None],
-            is_causal=plain_causal and length > 1,
+            is_causal=bool(plain_causal and length > 1),
             scale=scale,
             enable_gqa=h != g,
         )

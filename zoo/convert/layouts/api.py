@@ -11,7 +11,7 @@ import torch
 from zoo.config import ZooConfig
 from zoo.convert.layouts.family import Family, difference, families, open_any
 from zoo.convert.layouts.files import Checkpoint
-from zoo.convert.layouts.loading import load_entries, their_tensors, written_shapes
+from zoo.convert.layouts.loading import load_entries, written_shapes
 from zoo.errors import CheckpointError, ConfigError, ExportError, ZooError, unknown_name
 from zoo.models.backbone import ZooPreTrainedModel
 
@@ -32,7 +32,8 @@ def list_layouts() -> dict[str, dict[str, str]]:
     """The layouts, each with its families and whether they can be read, or read and written ("in", "in and out")."""
     found: dict[str, dict[str, str]] = {}
     for family in families():
-        found.setdefault(family.layout, {})[family.name] = "in and out" if family.writes else "in"
+        ways = [way for way, there in (("in", family.reads), ("out", family.writes)) if there]
+        found.setdefault(family.layout, {})[family.name] = " and ".join(ways)
     return found
 
 
@@ -139,7 +140,7 @@ def export_model(
         raise ExportError(f"{out}: exists already; give overwrite=True (--overwrite) to write into it")
     family, values = family_for(model.config, layout)
     out.mkdir(parents=True, exist_ok=True)
-    family.save(out, values, their_tensors(family, model))
+    family.write(model, out, values)
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
@@ -171,6 +172,8 @@ def expressed(family: Family, config: ZooConfig) -> dict[str, Any]:
     if missing := sorted(set(config.mixer_names) - set(family.mixers)):
         raise ExportError(f"has no {missing[0]}")
     values = family.config(config)
+    if not family.reads:
+        return values
     written = Checkpoint(Path(family.name), values, written_shapes(family, config))
     again = ZooConfig(**{**family.fields(written), "origin": {}})
     lost = difference(config, again, family.inert)

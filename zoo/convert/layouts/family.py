@@ -30,7 +30,8 @@ class Family(ABC):
     layout: the layout's name. name: the family's. about: one line for the list of layouts.
     mixers: names of the sequence mixers that its models may have; what else is in a model, `config` must refuse.
     inert: options of mixers and channel mixers that change only how fresh weights are drawn.
-    writes: whether models can be written in this layout. own_format: what its files are, where only `opens` reads them.
+    reads, writes: whether models can be read from this layout, and written in it.
+    own_format: what its files are, where only `opens` reads them.
     older: names that older files have, as (pattern, replacement) of `re.sub`; tried where a name has no place.
     root: what stands before the names of a whole model and not before those of a bare backbone, such as "bert.".
     spare: modules that published files have beside those of the task, such as the head of a second pretraining task.
@@ -42,6 +43,7 @@ class Family(ABC):
     mixers: ClassVar[tuple[str, ...]]
     inert: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[bool] = True
+    reads: ClassVar[bool] = True
     older: tuple[tuple[str, str], ...] = ()
     root: str = ""
     spare: tuple[str, ...] = ()
@@ -98,6 +100,12 @@ class Family(ABC):
         Only what the task does not compute with may be one, such as the pooler of a masked LM.
         """
         return {}
+
+    def write(self, model: Any, folder: Path, config: dict[str, Any]) -> None:
+        """Write a model; by default `save` of its tensors under their names."""
+        from zoo.convert.layouts.loading import their_tensors
+
+        self.save(folder, config, their_tensors(self, model))
 
     def save(self, folder: Path, config: dict[str, Any], tensors: Iterator[tuple[str, Any]]) -> None:
         """Write the files of the layout; by default `config.json` and safetensors in shards."""
