@@ -85,7 +85,7 @@ class Step(nn.Module):
             layers.setdefault(i, {})[part] = tensor
             if self.grows[name]:
                 lengths[i] = tensor.shape[self.grows[name][0]]
-        cache = state_cache(1 + max(layers))
+        cache: Any = state_cache(1 + max(layers))
         for i, found in layers.items():
             cache.layers[i].set(State(found, lengths.get(i, 1)))
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
@@ -130,7 +130,8 @@ def _states(model: ZooPreTrainedModel, length: int) -> dict[str, Tensor]:
 def _initial(model: ZooPreTrainedModel, like: dict[str, Tensor], grows: dict[str, list[int]]) -> dict[str, Tensor]:
     """The state before the first token, of one row."""
     found: dict[str, Tensor] = {}
-    for i, block in enumerate(model.base_model.layers):
+    backbone: Any = model.base_model
+    for i, block in enumerate(backbone.layers):
         state = block.init_state(1, device=model.device, dtype=model.dtype)
         found |= {f"{i}.{name}": tensor for name, tensor in state.tensors.items()}
     for name, tensor in like.items():
@@ -148,8 +149,8 @@ def export_pass(model: ZooPreTrainedModel, folder: Path) -> dict[str, Any]:
     """Write `model.onnx`, a whole pass with free batch size and length (images: free batch size)."""
     model = model.eval()
     free = torch.export.Dim.AUTO
-    if model.config.image is not None:
-        image = model.config.spec.image
+    image = model.config.spec.image
+    if image is not None:
         inputs = {"pixel_values": torch.randn(2, image.channels, image.image_size, image.image_size)}
         axes: tuple[dict[int, Any], ...] = ({0: free},)
     else:
