@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import yaml
 
 
 def test_a_run_gets_its_card(run, student, teacher, text, tmp_path):
-    import shutil
-
     shutil.copytree(student, tmp_path / "student")
     assert (
         "no score.json in it, and a card says only what was measured; first: zoo score student"
@@ -28,12 +28,18 @@ def test_a_run_gets_its_card(run, student, teacher, text, tmp_path):
     assert (tmp_path / "student" / "README.md").read_text() == written
     assert run("card", "student", "--check").out == "student/README.md: says what was measured\n"
 
+    assert run("card", "student", "--set", "repo=null", "--set", "location=./student").code == 0
+    code = re.findall(r"```python\n(.*?)```", (tmp_path / "student" / "README.md").read_text(), re.DOTALL)
+    assert code[0].count("\n") == 3  # loads in three lines
+    names: dict = {}
+    exec("\n".join(code), names)
+    assert names["model"].config.mixer_names.count("windowed_linear") == 3
+
     values = json.loads((tmp_path / "student" / "score.json").read_text())
     values["rows"][-1]["kl"] = 0.0
     (tmp_path / "student" / "score.json").write_text(json.dumps(values))
     assert "is not what was measured and recorded here" in run("card", "student", "--check").error
     assert run("card", "student").code == 0
-    shutil.copy(student / "config.json", tmp_path / "elsewhere.json")
     values["rows"][-1]["weights_sha256"] = "0" * 64
     (tmp_path / "student" / "score.json").write_text(json.dumps(values))
     assert "was measured on other weights (sha256 000000000000" in run("card", "student").error
