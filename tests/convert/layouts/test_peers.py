@@ -15,8 +15,6 @@ from zoo.convert.layouts.family import families, open_any
 from zoo.convert.layouts.files import open_checkpoint
 from zoo.errors import CheckpointError, ExportError
 
-ADAPTERS_WITHOUT_PEER = {"timm"}
-
 
 @pytest.fixture(scope="module", params=PEERS, ids=str)
 def saved(request, tmp_path_factory):
@@ -37,7 +35,7 @@ def test_every_family_has_a_peer():
     """A new family is tested the day it appears."""
     tested = {(peer.layout, peer.family) for peer in PEERS}
     known = {(family.layout, family.name) for family in families()}
-    assert known - tested - {("transformers", name) for name in ADAPTERS_WITHOUT_PEER} == set()
+    assert known - tested == set()
 
 
 def test_the_layout_is_guessed(saved):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,7 @@ _FILES = {
         "pooler.dense",
     ),
     "opt": _Files("model."),
+    "timm": _Files("timm_model."),
     "roberta": _Files("roberta.", ("roberta.pooler",), pooler="pooler.dense"),
 }  # fmt: skip
 
@@ -87,6 +88,8 @@ class AdapterFamily(Family):
         self.adapter.check_options(config)
         carried = {k: values[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if values.get(k) is not None}
         labels = {k: values[k] for k in ("id2label", "label2id", "problem_type") if values.get(k) is not None}
+        if not labels and classes[architecture].endswith("classification"):
+            labels = {"num_labels": config.num_labels}
         origin = {"architecture": architecture, "source": str(checkpoint.path)}
         return {**self.adapter.fields(config, architecture), **carried, **labels, "origin": origin}
 
@@ -100,15 +103,9 @@ class AdapterFamily(Family):
         ours = meta_model(config).state_dict()
         for theirs, mine in self.adapter.tensors(original, architecture).items():
             yield same(self._published(theirs), mine)
-        for theirs, target in self.adapter.modules(original, architecture).items():
-            packed = as_packed(target)
-            read, write = functools.partial(_unpack, packed), functools.partial(_pack, packed)
-            for i, place in enumerate(self.adapter.our_layers(original) if "{i}" in theirs else [0]):
-                for parameter in ("weight", "bias"):
-                    names = tuple(f"{part.replace('{i}', str(place))}.{parameter}" for part in packed.parts)
-                    if names[0] in ours:
-                        name = f"{theirs.replace('{i}', str(i))}.{parameter}"
-                        yield Entry((self._published(name),), names, read, write)
+        modules = self.adapter.modules(original, architecture)
+        for name, entry in packed_entries(modules, self.adapter.our_layers(original), ours):
+            yield Entry((self._published(name),), entry.ours, entry.read, entry.write)
 
     def _published(self, name: str) -> str:
         name = {same: copy for copy, same in self.adapter.copies.items()}.get(name, name)
@@ -153,6 +150,24 @@ class AdapterFamily(Family):
             if difference(config, ZooConfig(**again)) is None:
                 return values
         return self.adapter.describe(config)
+
+
+def packed_entries(
+    modules: Mapping[str, str | Packed], layers: list[int], ours: Collection[str]
+) -> Iterator[tuple[str, Entry]]:
+    """Entries of an adapter's modules, each with its name there, for the parameters that our model has (`ours`).
+
+    layers: for each number that "{i}" stands for, the layer here.
+    """
+    for theirs, target in modules.items():
+        packed = as_packed(target)
+        read, write = functools.partial(_unpack, packed), functools.partial(_pack, packed)
+        for i, place in enumerate(layers if "{i}" in theirs else [0]):
+            for parameter in ("weight", "bias"):
+                names = tuple(f"{part.replace('{i}', str(place))}.{parameter}" for part in packed.parts)
+                if names[0] in ours:
+                    name = f"{theirs.replace('{i}', str(i))}.{parameter}"
+                    yield name, Entry((name,), names, read, write)
 
 
 def _unpack(packed: Packed, tensors: list[Tensor]) -> list[Tensor]:

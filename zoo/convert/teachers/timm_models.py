@@ -37,7 +37,6 @@ class TimmModel(ImageTeacher):
     family = "timm"
     model_types = ("timm_wrapper",)
     architectures = {"TimmWrapperForImageClassification": "image-classification"}  # noqa: RUF012
-    published = ((r"^timm_model\.", ""),)
 
     def wrap(self, model: Any) -> Any:
         if not type(model).__module__.startswith("timm.models."):
@@ -136,18 +135,11 @@ class _VisionTransformer:
 
     @staticmethod
     def modules(model: Any) -> dict[str, str | Packed]:
-        return {
-            "patch_embed.proj": "model.patches.projection",
-            **_block("blocks.{i}.", "model.layers.{i}."),
-            "norm": "model.norm",
-            "head": "classifier",
-            "head_dist": "distillation_classifier",
-        }
+        return vit_modules()
 
     @staticmethod
     def tensors(model: Any) -> dict[str, str]:
-        names = {"cls_token": "class_token", "dist_token": "distillation_token", "pos_embed": "position_table"}
-        return {n: f"model.patches.{m}" for n, m in names.items() if getattr(model, n, None) is not None}
+        return {n: m for n, m in vit_tensors().items() if getattr(model, n, None) is not None}
 
 
 class _Swin:
@@ -193,22 +185,11 @@ class _Swin:
 
     @staticmethod
     def modules(model: Any) -> dict[str, str | Packed]:
-        found: dict[str, str | Packed] = {
-            "patch_embed.proj": "model.patches.projection",
-            "patch_embed.norm": "model.embed_norm",
-            "norm": "model.norm",
-            "head.fc": "classifier",
-        }
-        for theirs, ours in swin_blocks(_depths(model), "layers.{s}.blocks.{j}."):
-            found |= _block(theirs, ours)
-        for stage, ours in enumerate(swin_merges(_depths(model)), 1):  # timm merges at the start of a stage
-            found |= {f"layers.{stage}.downsample.{name}": ours + name for name in ("reduction", "norm")}
-        return found
+        return swin_modules(_depths(model))
 
     @staticmethod
     def tensors(model: Any) -> dict[str, str]:
-        blocks = swin_blocks(_depths(model), "layers.{s}.blocks.{j}.")
-        return {f"{theirs}attn.relative_position_bias_table": ours + "mixer.bias_table" for theirs, ours in blocks}
+        return swin_tensors(_depths(model))
 
 
 _KINDS: dict[str, Any] = {
@@ -246,6 +227,44 @@ def _skeleton(name: str, num_labels: int, model_args: str) -> Any:
         raise ConversionError(f"{name}: models of timm need the package: pip install 'zoo[vision]'") from None
     with torch.device("meta"):
         return timm.create_model(name, pretrained=False, num_classes=num_labels, **json.loads(model_args))
+
+
+def vit_modules() -> dict[str, str | Packed]:
+    """The modules of timm's Vision Transformers and ours; "head_dist" is in those with a distillation token."""
+    return {
+        "patch_embed.proj": "model.patches.projection",
+        **_block("blocks.{i}.", "model.layers.{i}."),
+        "norm": "model.norm",
+        "head": "classifier",
+        "head_dist": "distillation_classifier",
+    }
+
+
+def vit_tensors() -> dict[str, str]:
+    """Their parameters outside modules, of which a model may lack some."""
+    names = {"cls_token": "class_token", "dist_token": "distillation_token", "pos_embed": "position_table"}
+    return {theirs: f"model.patches.{ours}" for theirs, ours in names.items()}
+
+
+def swin_modules(depths: list[int]) -> dict[str, str | Packed]:
+    """The modules of timm's Swin and ours."""
+    found: dict[str, str | Packed] = {
+        "patch_embed.proj": "model.patches.projection",
+        "patch_embed.norm": "model.embed_norm",
+        "norm": "model.norm",
+        "head.fc": "classifier",
+    }
+    for theirs, ours in swin_blocks(depths, "layers.{s}.blocks.{j}."):
+        found |= _block(theirs, ours)
+    for stage, ours in enumerate(swin_merges(depths), 1):  # timm merges at the start of a stage
+        found |= {f"layers.{stage}.downsample.{name}": ours + name for name in ("reduction", "norm")}
+    return found
+
+
+def swin_tensors(depths: list[int]) -> dict[str, str]:
+    """The biases of its windows."""
+    blocks = swin_blocks(depths, "layers.{s}.blocks.{j}.")
+    return {f"{theirs}attn.relative_position_bias_table": ours + "mixer.bias_table" for theirs, ours in blocks}
 
 
 def _block(theirs: str, ours: str) -> dict[str, str | Packed]:
