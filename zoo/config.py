@@ -92,7 +92,8 @@ class LayerSpec(BaseModel):
     """One block: a sequence mixer and, unless None, a channel mixer.
 
     With `same_as`, the index of an earlier layer, the block of that layer runs again, with the same weights. With
-    `depth` only some tokens take the block. With `memory` its mixer also reads a transformer that layers share.
+    `depth` only some tokens take the block. With `memory` its mixer also reads a transformer that layers share. `block`
+    is the order of its norms and residuals, where it is another than the model's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -102,6 +103,7 @@ class LayerSpec(BaseModel):
     same_as: int | None = None
     depth: DepthOptions | None = None
     memory: MemoryOptions | None = None
+    block: Literal["pre_norm", "output_norm"] | None = None
 
     @model_validator(mode="after")
     def _resolve(self) -> Self:
@@ -122,6 +124,8 @@ class LayerSpec(BaseModel):
             plain["depth"] = self.depth.plain()
         if self.memory is not None:
             plain["memory"] = self.memory.plain()
+        if self.block is not None:
+            plain["block"] = self.block
         return plain if self.same_as is None else {**plain, "same_as": self.same_as}
 
 
@@ -133,7 +137,7 @@ def _layer(value: Any, i: int, before: list[LayerSpec]) -> LayerSpec:
     if isinstance(same, bool) or not isinstance(same, int) or not 0 <= same < i:
         raise ValueError(f"layers.{i}.same_as: must be the index of an earlier layer, got {same!r}")
     first = before[same]
-    keys = ("mixer", "ffn", "depth", "memory")
+    keys = ("mixer", "ffn", "depth", "memory", "block")
     layer = LayerSpec(**{**{k: getattr(first, k) for k in keys}, **value}) if isinstance(value, dict) else value
     for key in keys:
         if getattr(layer, key) != getattr(first, key):
@@ -247,7 +251,7 @@ class ModelSpec(Options):
     hidden_size: int = Field(64, ge=1, le=1 << 17)
     max_position_embeddings: int = Field(2048, ge=1, le=1 << 27)
     layers: list[Any] = Field(default_factory=_default_layers, min_length=1, max_length=MAX_LAYERS)
-    block: Literal["pre_norm", "post_norm", "parallel", "reversible"] = "pre_norm"
+    block: Literal["pre_norm", "post_norm", "output_norm", "parallel", "reversible"] = "pre_norm"
     norm: Literal["rms_norm", "layer_norm", "no_norm"] = "rms_norm"  # no_norm: a scale and a shift a channel
     norm_eps: float = Field(1e-5, gt=0, le=1)
     final_norm: bool = True

@@ -21,6 +21,7 @@ class Pattern(Options):
     at: dict[str, dict[str, Any]] = Field(default_factory=dict)  # mixer options of single layers, such as "0 15 31"
     ffn: dict[str, Any] | None = None
     depth: dict[str, Any] | None = None  # options of blocks that only some tokens take, and `every`: how many layers
+    blocks: dict[str, str] = Field(default_factory=dict)  # by mixer, the order of norms where it is not the model's
     memory: dict[str, Any] | None = None  # options of a memory block, `layers` that read it, `blocks`: how many in turn
     ffn_pattern: str | None = None  # with several channel mixers: "gated_mlp moe*27", and `ffns` in place of `ffn`
     ffns: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -42,6 +43,8 @@ def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
     depth = {"every": 2, **(pattern.depth or {})}
     if not isinstance(every := depth.pop("every"), int) or not 1 <= every <= MAX_LAYERS:
         raise ConfigError(f"layers.depth.every: must be a number of layers, got {every!r}")
+    if unused := set(pattern.blocks) - (names := {name for name, _ in words}):
+        raise ConfigError(f"layers.blocks.{min(unused)}: not in the pattern{did_you_mean(min(unused), names)}")
     memory = dict(pattern.memory or {})
     readers = _memories(memory, count)
     single = _single_layers(pattern.at)
@@ -57,6 +60,8 @@ def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
         )
         if pattern.depth is not None and i % every == every - 1:
             layers[i]["depth"] = dict(depth)
+        if name in pattern.blocks:
+            layers[i]["block"] = pattern.blocks[name]
         if i in readers:
             layers[i]["memory"] = {**memory, **readers[i]}
         if label is not None and first.setdefault(label, i) != i:

@@ -95,7 +95,7 @@ def mixer_input(block: Block, x_NLD: Tensor) -> Tensor:
     """What a block's mixer reads, from the block's input."""
     if block.order == "reversible":
         x_NLD = x_NLD.chunk(2, -1)[1]
-    return x_NLD if block.order == "post_norm" else block.mixer_norm(x_NLD)
+    return x_NLD if block.order in ("post_norm", "output_norm") else block.mixer_norm(x_NLD)
 
 
 Shared = dict[str, Tensor]  # what all layers of a pass may read, such as the grid of an image

@@ -2,6 +2,7 @@
 
 pre_norm:   x = x + mixer(norm(x));  x = x + ffn(norm(x))              Llama, GPT-2, Mamba
 post_norm:  x = norm(x + mixer(x));  x = norm(x + ffn(x))              BERT
+output_norm: x = x + norm(mixer(x)); x = x + norm(ffn(x))              OLMo
 parallel:   x = x + mixer(norm_1(x)) + ffn(norm_2(x))                  GPT-NeoX
 reversible: a = a + mixer(norm(b));  b = b + ffn(norm(a))              Reformer; x is both streams beside each other
 """
@@ -55,7 +56,7 @@ class Block(GradientCheckpointingLayer):
     def __init__(self, spec: ModelSpec, layer: LayerSpec, width: int | None = None) -> None:
         super().__init__()
         width = width or spec.hidden_size
-        self.order = spec.block
+        self.order = layer.block or spec.block
         self.mixer_norm = make_norm(spec, width)
         self.mixer: Any = mixer_class(layer.mixer.name)(layer.mixer, width)
         self.ffn_norm: nn.Module | None = None
@@ -104,13 +105,13 @@ class Block(GradientCheckpointingLayer):
                 add_earlier_runs(self.ffn, self.runs_as, shared)
             return y_BLD, mixed if mixed is None or fed is None else mixed.joined("ffn.", fed)
 
-        if self.order == "post_norm":
+        if self.order in ("post_norm", "output_norm"):
             y_BLD, state = mix(x_BLD)
-            x_BLD = self.mixer_norm(x_BLD + y_BLD)
+            x_BLD = self.mixer_norm(x_BLD + y_BLD) if self.order == "post_norm" else x_BLD + self.mixer_norm(y_BLD)
             if self.ffn is None or self.ffn_norm is None:
                 return x_BLD, state
             y_BLD, state = feed(x_BLD, state)
-            return self.ffn_norm(x_BLD + y_BLD), state
+            return (self.ffn_norm(x_BLD + y_BLD) if self.order == "post_norm" else x_BLD + self.ffn_norm(y_BLD)), state
         if self.order == "reversible":
             a_BLD, b_BLD = x_BLD.chunk(2, -1)
             y_BLD, state = mix(self.mixer_norm(b_BLD))
@@ -120,10 +121,9 @@ class Block(GradientCheckpointingLayer):
         y_BLD, state = mix(self.mixer_norm(x_BLD if added_BLD is None else x_BLD + added_BLD))
         if self.ffn is None or self.ffn_norm is None:
             return x_BLD + y_BLD, state
-        if self.order == "pre_norm":
-            x_BLD = x_BLD + y_BLD
-        z_BLD, state = feed(self.ffn_norm(x_BLD), state)
-        return (x_BLD + z_BLD if self.order == "pre_norm" else x_BLD + y_BLD + z_BLD), state
+        mixed_BLD = x_BLD + y_BLD
+        z_BLD, state = feed(self.ffn_norm(mixed_BLD if self.order == "pre_norm" else x_BLD), state)
+        return mixed_BLD + z_BLD, state
 
     def parts(self) -> list[tuple[Any, int]]:
         """What computes products, each with the width of its input."""

@@ -185,6 +185,6 @@ def absorb(
     """The state of a block after positions of which nobody needs the output."""
     if type(block) is not Block or isinstance(block.ffn, ChannelMixer):
         return block(x_BLD, mask_BL, segments_BL, state, shared)[1]
-    u_BLD = x_BLD if block.order == "post_norm" else block.mixer_norm(x_BLD)
+    u_BLD = x_BLD if block.order in ("post_norm", "output_norm") else block.mixer_norm(x_BLD)
     extra = {"shared": shared} if block.mixer.shares else {}
     return block.mixer(u_BLD, mask_BL=mask_BL, segments_BL=segments_BL, state=state, **extra)[1]

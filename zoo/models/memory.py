@@ -91,7 +91,7 @@ class MemoryBlock(Block):
         super().__init__(spec, layer)
         options, D = layer.memory, spec.hidden_size
         assert options is not None
-        if spec.block != "pre_norm" or spec.image is not None or layer.depth is not None:
+        if self.order != "pre_norm" or spec.image is not None or layer.depth is not None:
             raise ConfigError("memory: belongs to block: pre_norm of a model of text, and not to layers with depth")
         self.memory = Memory(spec, options) if options.same_as is None else None
         self.held_by: tuple[Memory, ...] = ()  # in a tuple, so that it is registered in one place

@@ -40,6 +40,8 @@ def check_reversible(spec: ModelSpec) -> None:
         raise ConfigError("embedding_size: not with block: reversible, whose heads read both streams as they are")
     if any(layer.ffn is None for layer in spec.layers):
         raise ConfigError("block: reversible needs a channel mixer (ffn) in every layer")
+    if any(layer.block is not None for layer in spec.layers):
+        raise ConfigError("layers.0.block: a model of reversible blocks has no other ones")
     if any(layer.memory is not None for layer in spec.layers):
         raise ConfigError("memory: belongs to block: pre_norm, for it is no residual that could be undone")
     if any(layer.depth is not None for layer in spec.layers):
