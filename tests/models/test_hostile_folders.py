@@ -85,7 +85,7 @@ def loads_or_is_refused(folder: Path, weights) -> str | None:
     return None
 
 
-@settings(max_examples=150, **QUICKLY)
+@settings(max_examples=100, **QUICKLY)
 @given(data=st.data(), name=st.sampled_from(MODELS), value=VALUES, how=st.sampled_from(["set", "set", "remove", "add"]))
 def test_a_changed_config(folders, data, name, value, how):
     folder, config, weights = folders[name]
@@ -109,7 +109,7 @@ ENTRIES = st.sampled_from(
 )
 
 
-@settings(max_examples=150, **QUICKLY)
+@settings(max_examples=100, **QUICKLY)
 @given(
     data=st.data(),
     name=st.sampled_from(MODELS[::2]),
@@ -147,7 +147,7 @@ def test_a_changed_header(folders, data, name, field, value):
         path.write_bytes(raw)
 
 
-@settings(max_examples=60, **QUICKLY)
+@settings(max_examples=40, **QUICKLY)
 @given(data=st.data(), name=st.sampled_from(MODELS[::2]), count=st.integers(1, 4))
 def test_bytes_that_fell_over(folders, data, name, count):
     """In the header every byte counts; a file that ends early is never taken for whole."""

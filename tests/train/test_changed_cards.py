@@ -49,7 +49,7 @@ def paths(value, at=()):
         yield from paths(value[key], (*at, key))
 
 
-@settings(max_examples=300, **QUICKLY)
+@settings(max_examples=120, **QUICKLY)
 @given(
     data=st.data(), name=st.sampled_from(["score.json", "score.json", "card.json", "train.json", "config.json"]),
     value=VALUES, how=st.sampled_from(["set", "set", "remove", "key"]),
@@ -91,7 +91,7 @@ def refusal(folder):
     return None
 
 
-@settings(max_examples=40, **QUICKLY)
+@settings(max_examples=25, **QUICKLY)
 @given(data=st.data(), put=st.text(max_size=12))
 @example(data=None, put="\n<script>alert(1)</script>\n")
 def test_a_changed_card_is_refused(folder, data, put):
