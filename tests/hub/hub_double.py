@@ -393,7 +393,7 @@ _ROUTES = [
     ("POST", rf"/api/models/{_ID}/tag/{_REV}", "tag"),
     ("POST", rf"/api/models/{_ID}/paths-info/{_REV}", "paths_info"),
     ("GET", rf"/api/models/{_ID}/revision/{_REV}", "info"),
-    ("GET", rf"/api/models/{_ID}/tree/{_REV}", "tree"),
+    ("GET", rf"/api/models/{_ID}/tree/(?P<rev>[^/]+)/?", "tree"),  # a mirror asks for the folder ""
     ("GET", rf"/api/models/{_ID}/commits/{_REV}", "commits"),
     ("GET", rf"/api/models/{_ID}/refs", "refs"),
     ("GET", rf"/api/models/{_ID}", "info"),

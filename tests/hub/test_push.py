@@ -10,6 +10,7 @@ import torch
 
 import zoo
 from zoo.errors import CheckpointError, ConfigError, DataError, HubError
+from zoo.hub.push import _free_tag
 from zoo.hub.weights import weights_hash
 from zoo.train.card import card
 
@@ -82,12 +83,14 @@ def test_shards_hold_the_same_weights(hub, saved, tmp_path):
         zoo.push(saved, NAME, max_shard_size="many", **hub.alice)
 
 
-def test_a_model_object(hub, logits):
+def test_a_model_object(hub, logits, tmp_path):
     model = zoo.create_model("retnet-tiny")
     assert model.push_to_hub(NAME, **hub.alice).startswith(f"{hub.url}/{NAME}/commit/")
     assert hub.repos[NAME].private
     loaded = zoo.create_model(f"hf-hub:{NAME}", **hub.alice)
     assert torch.equal(logits(loaded), logits(model))
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="alice/saved", **hub.alice)
+    assert hub.repos["alice/saved"].files["model.safetensors"].data == (tmp_path / "model.safetensors").read_bytes()
 
 
 def test_public_must_be_said(hub, saved):
@@ -129,12 +132,28 @@ def test_a_full_hub_is_waited_for(hub, saved):
     assert hub.repos[NAME].tags
 
 
-def test_somebody_else_in_between(hub, saved, model_folder, other):
+def test_somebody_else_in_between(hub, saved, model_folder, other, monkeypatch):
     zoo.push(saved, NAME, **hub.alice)
     other.save_pretrained(model_folder)
-    hub.fail("POST", "/commit/main", 412)
+
+    def meanwhile(*args):
+        hub.publish(NAME, {"README.md": b"theirs"})
+        return _free_tag(*args)
+
+    monkeypatch.setattr("zoo.hub.push._free_tag", meanwhile)
     with pytest.raises(HubError, match=r"somebody else changed it meanwhile; nothing was published"):
         zoo.push(model_folder, NAME, **hub.alice)
+    assert set(hub.repos[NAME].files) == {"README.md"}
+    assert set(hub.repos[NAME].tags) == {"v1"}
+
+
+def test_a_tag_that_did_not_arrive_comes_with_the_next_call(hub, saved):
+    fault = hub.fail("POST", "/tag/", 503, times=100)
+    with pytest.raises(HubError, match=r"the server has a problem \(503\)"):
+        zoo.push(saved, NAME, **hub.alice)
+    fault.times = 0
+    pushed = zoo.push(saved, NAME, **hub.alice)
+    assert hub.repos[NAME].tags == {"v1": pushed.commit}
     assert len(hub.repos[NAME].commits) == 2
 
 

@@ -10,7 +10,6 @@ reversible: a = a + mixer(norm(b));  b = b + ffn(norm(a))              Reformer;
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +29,7 @@ from zoo.models.axial import axial_positions
 from zoo.models.images import PatchEmbedding
 from zoo.models.meta import MetaTokens, behind_meta, check_meta
 from zoo.models.reversible import can_recompute, check_reversible, reversible_stack
+from zoo.models.saving import Saving
 from zoo.models.shared import add_earlier_runs, join_mixers, make_layers
 from zoo.models.state import StateLayer, as_state_cache, state_cache
 from zoo.ops.backends import autocast_dtype
@@ -154,7 +154,7 @@ def make_block(spec: ModelSpec, layer: LayerSpec) -> Block:
     return RoutedBlock(spec, layer)
 
 
-class ZooPreTrainedModel(PreTrainedModel):
+class ZooPreTrainedModel(Saving, PreTrainedModel):  # type: ignore[misc]
     """Base of the backbone and of every head."""
 
     config_class = ZooConfig
@@ -194,26 +194,6 @@ class ZooPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             small = self.config.embedding_initializer_range
             init.normal_(module.weight, std=std if small is None else small)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
-        """Publish this model as `zoo.push` does, with its options; the address of the commit."""
-        from zoo.hub.push import push
-
-        if "commit_message" in options:  # as transformers names it
-            options["message"] = options.pop("commit_message")
-        pushed = push(self, repo_id, **options)
-        return pushed.url if pushed.commit is None else f"{pushed.url}/commit/{pushed.commit}"
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers does; the weights get the permissions that the config has, not those of a private file."""
-        to_hub = kwargs.pop("push_to_hub", False)
-        options = {key: kwargs.pop(key) for key in ("repo_id", "private", "commit_message") if key in kwargs and to_hub}
-        super().save_pretrained(save_directory, *args, **kwargs)
-        config = Path(save_directory) / "config.json"
-        for file in Path(save_directory).glob("*.safetensors") if config.is_file() else ():
-            file.chmod(config.stat().st_mode)
-        if to_hub:
-            self.push_to_hub(options.pop("repo_id", Path(save_directory).name), **options)
 
     def with_auxiliary(self, loss: Tensor) -> Tensor:
         """`loss` of a head plus what channel mixers add in training."""
