@@ -1,4 +1,7 @@
-"""What all tests share: one thread, a fixed seed, no network."""
+"""What all tests share: one thread, a fixed seed, no network, and where tensors lie.
+
+ZOO_TEST_DEVICE=cuda puts the tensors of tests, and the models that they make, on a GPU (see `on_device`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from on_device import OnDevice
+
+DEVICE = os.environ.get("ZOO_TEST_DEVICE", "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +38,5 @@ def poisoned_room():
 
 def pytest_configure(config):
     torch.set_num_threads(1)
+    if DEVICE != "cpu":
+        OnDevice(DEVICE).begin()

@@ -223,7 +223,7 @@ def check_precision(mixer: MixerLike, *, config: ConfigLike = None, width: int =
             exact, _ = case.run(x_BLD.double())
             with RoundEachStep():
                 plain = case.run(x_BLD.double())[0].bfloat16()
-        with case.as_type(torch.float32), torch.autocast("cpu", dtype=torch.bfloat16):
+        with case.as_type(torch.float32), torch.autocast(x_BLD.device.type, dtype=torch.bfloat16):
             auto, _ = case.run(x_BLD.float())
     allowed = 2 * rms(plain.double() - exact)
     for kind, y in (("bfloat16", half), ("autocast to bfloat16", auto)):

@@ -36,7 +36,7 @@ def evaluate(function, tensors, case, dtype, real_L=None, **options):
 
     outputs = [real(y), state]
     generator = torch.Generator().manual_seed(3)
-    loss = sum((o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum() for o in outputs)
+    loss = sum((o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o)).sum() for o in outputs)
     grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     return [o.detach() for o in (*outputs, *map(real, grads))]
 

@@ -54,8 +54,8 @@ def test_kernel_is_the_power_series_of_the_dense_matrices(length):
 def test_kernel_of_hippo_legs_is_that_of_the_dense_matrix():
     """C of the original basis, B and A as in HiPPO: nothing of the normal form shows from outside."""
     size, dt, length = 16, 0.05, 40
-    A, b = hippo_legs(size)
     c = torch.randn(size).double()
+    A, b = (t.to(c.device) for t in hippo_legs(size))
     solve = torch.linalg.inv(torch.eye(size) - dt / 2 * A)
     a_bar, b_bar = solve @ (torch.eye(size) + dt / 2 * A), solve @ b * dt
     wanted = torch.stack([c @ torch.linalg.matrix_power(a_bar, i) @ b_bar for i in range(length)])
@@ -119,8 +119,8 @@ def test_segments_are_sequences_and_two_sides_are_two_recurrences():
 def test_single_precision_is_enough_for_thousands_of_steps():
     """The slowest steps turn and fade for the longest time, and in them a change of the state is the smallest."""
     torch.manual_seed(0)
-    w, p, b = (t.expand(3, -1) for t in legs_normal(64))
     c = torch.randn(1, 3, 32, dtype=torch.complex128)
+    w, p, b = (t.expand(3, -1).to(c.device) for t in legs_normal(64))
     exact = DPLR(torch.tensor([0.001, 0.01, 0.1]).double(), w, p, b, c)
     single = DPLR(exact.dt_E.float(), *(t.to(torch.complex64) for t in (w, p, b, c)))
     wanted, got = (kernels(model, model.written()[None], 8192)[0][0, 0] for model in (exact, single))

@@ -96,7 +96,7 @@ def test_the_grouped_kernel_agrees():
     ends_E = torch.tensor([100, 100, 131, 290], dtype=torch.int32, device="cuda")
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, weight)]
         y = grouped_linear(*leaves, ends_E, backend="torch" if dtype == torch.float32 else "grouped_mm")
         y.float().square().sum().backward()
         results.append([t.detach().float() for t in (y, *(leaf.grad for leaf in leaves))])

@@ -68,7 +68,7 @@ def test_wkv_goes_on_from_a_state():
         parts.append(y)
     same([torch.cat(parts, 1)], [wkv_reference(*inputs, mask_BL=mask_BL)], inputs)
     nothing = wkv(k[:, :1], v[:, :1], *channel, final=True, mask_BL=torch.zeros(B, 1, dtype=torch.bool))[1]
-    assert torch.equal(nothing, empty_state(B, E, None, torch.double))
+    assert torch.equal(nothing, empty_state(B, E, k.device, torch.double))
     assert nothing[0, 2, 0] == EMPTY
 
 

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,7 @@ class Backend:
 
 _TABLE: dict[str, list[Backend]] = {}
 _SAID: set[tuple[str, str]] = set()
+_AVOIDED: set[str] = set()
 
 
 @functools.cache
@@ -64,6 +65,20 @@ def register_backend(op: str, name: str, **options) -> Callable[[Callable], Call
     return add
 
 
+@contextlib.contextmanager
+def without(*names: str) -> Iterator[None]:
+    """Calls inside do not choose backends of these names: `with without("fla"): model(...)`.
+
+    For comparisons, and for `torch.compile(fullgraph=True)`, which kernels of other packages interrupt.
+    """
+    before = set(_AVOIDED)
+    _AVOIDED.update(names)
+    try:
+        yield
+    finally:
+        _AVOIDED.intersection_update(before)
+
+
 def dispatch(op: str, backend: str | None, *args, **kwargs):
     """Run `op` on the named `backend`, or on the most preferred one that is present and accepts the arguments.
 
@@ -79,7 +94,7 @@ def dispatch(op: str, backend: str | None, *args, **kwargs):
         return chosen.function(*args, **kwargs)
     on_gpu = args[0].is_cuda
     for candidate in candidates:
-        if candidate.needs_gpu and not on_gpu:
+        if candidate.name in _AVOIDED or (candidate.needs_gpu and not on_gpu):
             continue
         if why := candidate.missing():
             if on_gpu:

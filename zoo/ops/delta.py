@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ConfigError
-from zoo.ops import chunks
+from zoo.ops import chunks, fla
 from zoo.ops.backends import dispatch, no_autocast, register_backend
 
 OP = "delta_rule"
@@ -68,8 +68,8 @@ def delta_rule(
 
 
 def run(op, q, k, v, beta, log_decay, R: int, *, scale, initial, final, mask_BL, segments_BL, chunk, backend):
-    """A delta rule without a decay, with one per step (B, G, L) or one per channel (B, G, L, K): masks and runs are
-    written into the tensors, one step is taken directly, more go to a backend of `op`."""
+    """A delta rule without a decay, with one per step (B, G, L) or one per channel (B, G, L, K): a mask is written into
+    the tensors, one step is taken directly, more go to a backend of `op`."""
     dtype, out_dtype = chunks.sum_dtype(q, k, v), v.dtype
     if mask_BL is not None:
         hidden_B1L = ~mask_BL[:, None]
@@ -77,10 +77,7 @@ def run(op, q, k, v, beta, log_decay, R: int, *, scale, initial, final, mask_BL,
         beta = beta.masked_fill(hidden_B1L, 0.0)
         if log_decay is not None:
             log_decay = log_decay.masked_fill(hidden_B1L if log_decay.ndim == 3 else hidden_B1L[..., None], 0.0)
-    if segments_BL is not None:
-        log_decay = torch.zeros_like(beta, dtype=dtype) if log_decay is None else log_decay
-        starts_B1L = chunks.run_starts(segments_BL, mask_BL)[:, None]
-        log_decay = log_decay.masked_fill(starts_B1L if log_decay.ndim == 3 else starts_B1L[..., None], -torch.inf)
+    starts_BL = None if segments_BL is None else chunks.run_starts(segments_BL, mask_BL)
     beta, initial = beta.to(dtype), None if initial is None else initial.to(dtype)
     log_decay = None if log_decay is None else log_decay.to(dtype)
     with no_autocast(q):
@@ -88,7 +85,7 @@ def run(op, q, k, v, beta, log_decay, R: int, *, scale, initial, final, mask_BL,
             y, state = _step(q.to(dtype), k.to(dtype), v.to(dtype), beta, log_decay, initial, R)
             y = (y if scale == 1.0 else y * scale).to(out_dtype)
         else:
-            y, state = dispatch(op, backend, q, k, v, beta, log_decay, initial, scale, chunk)
+            y, state = dispatch(op, backend, q, k, v, beta, log_decay, initial, scale, chunk, starts_BL)
     return y, state if final else None
 
 
@@ -106,9 +103,25 @@ def _step(q_BH1K, k_BG1K, v_BG1V, beta_BG1, log_decay, state_BGKV, R: int):
     return y_BGRV.flatten(1, 2)[:, :, None], state_BGKV
 
 
+def _kernel_serves(q, k, v, beta, log_decay, *_) -> bool:
+    return fla.serves(q, k, v, decay_per_step=log_decay is not None)
+
+
+@register_backend(OP, "fla", **fla.OPTIONS, usable=_kernel_serves)
+def _kernel(q_BHLK, k_BGLK, v_BGLV, beta_BGL, log_decay_BGL, initial, scale: float, chunk, starts_BL):
+    """flash-linear-attention: chunk_delta_rule or, with a decay, chunk_gated_delta_rule."""
+    name, gates = "delta_rule.chunk_delta_rule", {"beta": beta_BGL}
+    if log_decay_BGL is not None:
+        name, gates["g"] = "gated_delta_rule.chunk_gated_delta_rule", fla.bounded(log_decay_BGL)
+    return fla.run(name, q_BHLK, {"k": k_BGLK, "v": v_BGLV}, gates, initial, starts_BL, scale=scale)
+
+
 @register_backend(OP, "torch")
-def _chunked(q_BHLK, k_BGLK, v_BGLV, beta_BGL, log_decay_BGL, initial, scale: float, chunk: int | None):
+def _chunked(q_BHLK, k_BGLK, v_BGLV, beta_BGL, log_decay_BGL, initial, scale: float, chunk: int | None, starts_BL):
     """The portable implementation: y (B, H, L, V) and the final state."""
+    if starts_BL is not None:  # a decay of 0 starts a new sequence
+        log_decay_BGL = torch.zeros_like(beta_BGL) if log_decay_BGL is None else log_decay_BGL
+        log_decay_BGL = log_decay_BGL.masked_fill(starts_BL[:, None], -torch.inf)
     C = chunks.chunk_length(OP, k_BGLK, chunk)
     gates = (beta_BGL,) if log_decay_BGL is None else (beta_BGL, log_decay_BGL)
     return chunks.ChunkedScan.apply(OP, C, scale, None, q_BHLK, k_BGLK, v_BGLV, initial, *gates)

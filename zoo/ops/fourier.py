@@ -88,7 +88,7 @@ def fourier_mixing_reference(x_BLD: Tensor, mask_BL: Tensor, segments_BL: Tensor
     y_BLD = torch.zeros_like(x_BLD)
 
     def waves(size: int) -> Tensor:
-        n = torch.arange(size, dtype=torch.double)
+        n = torch.arange(size, dtype=torch.double, device=x_BLD.device)
         return torch.exp(-2j * math.pi * torch.outer(n, n) / size)
 
     for b in range(len(x_BLD)):

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ConfigError
-from zoo.ops import chunks
+from zoo.ops import chunks, fla
 from zoo.ops.backends import dispatch, no_autocast, register_backend
 from zoo.ops.delta import _carry, _carry_back, unit_inverse
 from zoo.ops.recurrence import _vector_scores, _vector_scores_grad
-from zoo.ops.vector_delta import _parts, _prefix_suffix, _readers
+from zoo.ops.vector_delta import _parts, _prefix_suffix, _readers, kernel_serves
 
 OP = "generalized_delta_rule"
 
@@ -88,11 +88,8 @@ def generalized_delta_rule(
             y, state = _step(q.to(dtype), k.to(dtype), v.to(dtype), c, b, log_decay, state, R)
             y = (y if scale == 1.0 else y * scale).to(v_BGLV.dtype)
             return y, state if final else None
-        c = c * (-log_decay).exp()
-        if segments_BL is not None:
-            starts_B1L1 = chunks.run_starts(segments_BL, mask_BL)[:, None, :, None]
-            log_decay = log_decay.masked_fill(starts_B1L1, -torch.inf)
-        y, state = dispatch(OP, backend, q, k, v, c, b, log_decay, state, scale, chunk)
+        starts_BL = None if segments_BL is None else chunks.run_starts(segments_BL, mask_BL)
+        y, state = dispatch(OP, backend, q, k, v, c, b, log_decay, state, scale, chunk, starts_BL)
     return y, state if final else None
 
 
@@ -108,9 +105,20 @@ def _step(q_BH1K, k_BG1K, v_BG1V, c_BG1K, b_BG1K, log_decay_BG1K, state_BGKV, R:
     return y_BGRV.flatten(1, 2)[:, :, None], state_BGKV
 
 
+@register_backend(OP, "fla", **fla.OPTIONS, usable=kernel_serves)
+def _kernel(q_BHLK, k_BGLK, v_BGLV, c_BGLK, b_BGLK, log_decay_BGLK, initial, scale: float, chunk, starts_BL):
+    """flash-linear-attention: chunk_dplr_delta_rule, whose a and b are our -c and b."""
+    operands = {"k": k_BGLK, "v": v_BGLV, "a": -c_BGLK, "b": b_BGLK}
+    name = "generalized_delta_rule.chunk_dplr_delta_rule"
+    return fla.run(name, q_BHLK, operands, {"gk": log_decay_BGLK}, initial, starts_BL, scale=scale)
+
+
 @register_backend(OP, "torch")
-def _chunked(q_BHLK, k_BGLK, v_BGLV, c_BGLK, b_BGLK, log_decay_BGLK, initial, scale: float, chunk: int | None):
+def _chunked(q_BHLK, k_BGLK, v_BGLV, c_BGLK, b_BGLK, log_decay_BGLK, initial, scale, chunk: int | None, starts_BL):
     """The portable implementation: y (B, H, L, V) and the final state. c is divided by the decay of its own step."""
+    c_BGLK = c_BGLK * (-log_decay_BGLK).exp()
+    if starts_BL is not None:  # a decay of 0 starts a new sequence
+        log_decay_BGLK = log_decay_BGLK.masked_fill(starts_BL[:, None, :, None], -torch.inf)
     C = chunks.chunk_length(OP, k_BGLK, chunk)
     gates = (c_BGLK, b_BGLK, log_decay_BGLK)
     return chunks.ChunkedScan.apply(OP, C, scale, None, q_BHLK, k_BGLK, v_BGLV, initial, *gates)

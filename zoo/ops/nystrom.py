@@ -121,7 +121,7 @@ def nystrom_attention_reference(
         q_means, k_means = (torch.stack([x[piece].mean(0) for piece in pieces]) for x in (q, k))
         inner = (scale * q_means @ k_means.T).softmax(-1)
         z = inner.T / inner.sum(0).max()
-        identity = torch.eye(landmarks, dtype=q.dtype)
+        identity = torch.eye(landmarks, dtype=q.dtype, device=q.device)
         for _ in range(iterations):
             z = z @ (13 * identity - inner @ z @ (15 * identity - inner @ z @ (7 * identity - inner @ z))) / 4
         outputs.append((scale * q @ k_means.T).softmax(-1) @ z @ ((scale * q_means @ k.T).softmax(-1) @ v))

@@ -11,12 +11,14 @@ stored C x C maps; the gradient of log a_t collects what is read from step t on 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ConfigError
-from zoo.ops import chunks
+from zoo.ops import chunks, fla
 from zoo.ops.backends import dispatch, no_autocast, register_backend
 
 OP = "linear_recurrence"
@@ -64,14 +66,15 @@ def linear_recurrence(
     _check_state(initial, k_BGLK, v_BGLV, normalize)
     dtype = chunks.sum_dtype(q_BHLK, k_BGLK, v_BGLV)
     state = None if initial is None else initial.to(dtype)
-    q, k, v, log_decay = _apply_mask(q_BHLK, k_BGLK, v_BGLV, log_decay, mask_BL, segments_BL)
+    q, k, v, log_decay = _apply_mask(q_BHLK, k_BGLK, v_BGLV, log_decay, mask_BL)
     log_decay = None if log_decay is None else log_decay.to(dtype)
+    starts_BL = None if segments_BL is None else chunks.run_starts(segments_BL, mask_BL)
     with no_autocast(q):
         least = eps if normalize else None
         if q.shape[2] == 1 and backend is None:
             y, state = _step(q.to(dtype), k.to(dtype), v.to(dtype), log_decay, state, R, scale, least)
         else:
-            y, state = dispatch(OP, backend, q, k, v, log_decay, state, scale, least, chunk)
+            y, state = dispatch(OP, backend, q, k, v, log_decay, state, scale, least, chunk, starts_BL)
         y = y.to(v_BGLV.dtype)
     return y, state if final else None
 
@@ -90,23 +93,23 @@ def _check_decay(log_decay: Tensor | None, k_BGLK: Tensor) -> None:
         raise ConfigError(f"{OP}: log_decay must be None, {wanted}; got {tuple(log_decay.shape)}")
 
 
-def _apply_mask(q, k, v, log_decay, mask_BL, segments_BL):
-    """Write the mask (no input, decay 1) and the starts of packed runs (decay 0) into the tensors themselves."""
-    if mask_BL is None and segments_BL is None:
+def _apply_mask(q, k, v, log_decay, mask_BL):
+    """Write the mask (no input, decay 1) into the tensors themselves."""
+    if mask_BL is None:
         return q, k, v, log_decay
-    B, G, L, _ = k.shape
-    if log_decay is None:
-        log_decay = torch.zeros(B, G, L, device=k.device)
-    elif log_decay.ndim == 1:
-        log_decay = log_decay[:, None].expand(B, G, L)
-    shape = (B, 1, L) if log_decay.ndim == 3 else (B, 1, L, 1)
-    if mask_BL is not None:
-        hidden_B1L1 = ~mask_BL[:, None, :, None]
-        q, k, v = (x.masked_fill(hidden_B1L1, 0.0) for x in (q, k, v))
-        log_decay = log_decay.masked_fill(hidden_B1L1.view(shape), 0.0)
-    if segments_BL is not None:
-        log_decay = log_decay.masked_fill(chunks.run_starts(segments_BL, mask_BL).view(shape), -torch.inf)
+    hidden_B1L1 = ~mask_BL[:, None, :, None]
+    q, k, v = (x.masked_fill(hidden_B1L1, 0.0) for x in (q, k, v))
+    if log_decay is not None:
+        log_decay = _per_step(log_decay, k)
+        log_decay = log_decay.masked_fill(hidden_B1L1 if log_decay.ndim == 4 else hidden_B1L1[..., 0], 0.0)
     return q, k, v, log_decay
+
+
+def _per_step(log_decay: Tensor | None, k_BGLK: Tensor) -> Tensor:
+    """No decay and constant ones as (B, G, L); others as they are."""
+    if log_decay is None:
+        return torch.zeros(k_BGLK.shape[:3], device=k_BGLK.device)
+    return log_decay[:, None].expand(k_BGLK.shape[:3]) if log_decay.ndim == 1 else log_decay
 
 
 def _step(q_BH1K, k_BG1K, v_BG1V, log_decay, state_BGKV, R: int, scale: float, eps: float | None):
@@ -129,9 +132,39 @@ def _step(q_BH1K, k_BG1K, v_BG1V, log_decay, state_BGKV, R: int, scale: float, e
     return y_BH1V if scale == 1.0 else y_BH1V * scale, state_BGKV
 
 
+def _kernel_serves(q, k, v, log_decay, *_) -> bool:
+    per_step = log_decay is not None and (log_decay.ndim == 3 or (log_decay.ndim == 1 and log_decay.requires_grad))
+    return fla.serves(q, k, v, decay_per_step=per_step)
+
+
+@register_backend(OP, "fla", **fla.OPTIONS, usable=_kernel_serves)
+def _kernel(q_BHLK, k_BGLK, v_BGLV, log_decay, initial, scale: float, eps: float | None, chunk, starts_BL):
+    """flash-linear-attention: chunk_gla for a decay per channel, chunk_simple_gla for the others."""
+    V = v_BGLV.shape[-1]
+    if eps is not None:  # as in `chunks`, z is one more column; the kernels want sixteen
+        scale, v_BGLV = 1.0, torch.cat([v_BGLV, F.pad(torch.ones_like(v_BGLV[..., :1]), (0, 15))], -1)
+        initial = None if initial is None else F.pad(initial, (0, 15))
+    name, options = "simple_gla.chunk_simple_gla", dict[str, Any](scale=scale)
+    gates: dict[str, Tensor] = {}
+    if log_decay is not None and log_decay.ndim == 1 and not log_decay.requires_grad:
+        options["g_gamma"] = fla.bounded(log_decay).float().repeat_interleave(q_BHLK.shape[1] // k_BGLK.shape[1])
+    elif log_decay is not None:
+        gates["g"] = fla.bounded(_per_step(log_decay, k_BGLK))
+        name = "gla.chunk_gla" if log_decay.ndim == 4 else name
+    y, state = fla.run(name, q_BHLK, {"k": k_BGLK, "v": v_BGLV}, gates, initial, starts_BL, **options)
+    if eps is None:
+        return y, state
+    return y[..., :V] / y[..., V : V + 1].float().clamp(min=eps), state[..., : V + 1]
+
+
 @register_backend(OP, "torch")
-def _chunked(q_BHLK, k_BGLK, v_BGLV, log_decay, initial, scale: float, eps: float | None, chunk: int | None):
+def _chunked(q_BHLK, k_BGLK, v_BGLV, log_decay, initial, scale: float, eps: float | None, chunk, starts_BL):
     """The portable implementation: y (B, H, L, V) and the final state, with the normaliser as its last column."""
+    if starts_BL is not None:  # a decay of 0 starts a new sequence
+        log_decay = _per_step(log_decay, k_BGLK)
+        starts_B1L = starts_BL[:, None]
+        log_decay = log_decay.masked_fill(starts_B1L if log_decay.ndim == 3 else starts_B1L[..., None], -torch.inf)
+        log_decay = log_decay.to(chunks.sum_dtype(q_BHLK, k_BGLK, v_BGLV))
     rule = (
         "no_decay"
         if log_decay is None

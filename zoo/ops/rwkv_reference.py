@@ -25,7 +25,7 @@ def wkv_reference(
 ) -> Tensor:
     """RWKV-4 (Peng et al. 2023) as it stands there, every sum anew, without any shift of exponents."""
     B, L, _ = k_BLE.shape
-    mask_BL = torch.ones(B, L, dtype=torch.bool) if mask_BL is None else mask_BL
+    mask_BL = torch.ones(B, L, dtype=torch.bool, device=k_BLE.device) if mask_BL is None else mask_BL
     starts_BL = _run_starts(segments_BL, mask_BL)
     y_BLE = torch.zeros_like(v_BLE)
     for row in range(B):
@@ -97,7 +97,8 @@ def _token_by_token(
 ) -> tuple[Tensor, Tensor]:
     """From `step`, which makes the matrix that the queries of token t read and the one after it from the one before."""
     B, G, L, K = k_BGLK.shape
-    R, real_BL = q_BHLK.shape[1] // G, torch.ones(B, L, dtype=torch.bool) if mask_BL is None else mask_BL
+    R = q_BHLK.shape[1] // G
+    real_BL = torch.ones(B, L, dtype=torch.bool, device=k_BGLK.device) if mask_BL is None else mask_BL
     starts_BL = _run_starts(segments_BL, real_BL)
     S_BGKV = k_BGLK.new_zeros(B, G, K, v_BGLV.shape[-1]) if initial is None else initial
     outputs = []

@@ -46,11 +46,12 @@ def diagonal_ssm_reference(
 ) -> tuple[Tensor, Tensor | None]:
     """`zoo.ops.state_space.diagonal_ssm` one step after another: h = z h + x, y = 2 Re(c . h)."""
     z_EN = log_z_EN.exp()
-    h_BEN = torch.zeros(len(x_BLE), *z_EN.shape, dtype=z_EN.dtype) if initial is None else initial
+    h_BEN = z_EN.new_zeros(len(x_BLE), *z_EN.shape) if initial is None else initial
+    mask_BL = torch.ones_like(x_BLE[..., 0], dtype=torch.bool) if mask_BL is None else mask_BL
     steps = []
     for t, x_BE in enumerate(x_BLE.unbind(1)):
         after_BEN = z_EN * h_BEN + x_BE[..., None]
-        real_B11 = torch.ones(len(x_BLE), 1, 1, dtype=torch.bool) if mask_BL is None else mask_BL[:, t, None, None]
+        real_B11 = mask_BL[:, t, None, None]
         h_BEN = torch.where(real_B11, after_BEN, h_BEN)
         steps.append(torch.where(real_B11[..., 0], 2 * (c_EN * h_BEN).sum(-1).real, 0.0))
     return torch.stack(steps, 1), h_BEN if final else None
@@ -62,15 +63,16 @@ def dplr_ssm_reference(
     """`zoo.ops.dplr.dplr_ssm` one step after another with dense matrices: S4, equation 3."""
     w, p, b = (torch.cat([t, t.conj()], -1) for t in (model.w_EN, model.p_EN, model.b_EN))
     A = torch.diag_embed(w) - p[..., :, None] * p.conj()[..., None, :]
-    eye, half = torch.eye(w.shape[-1], dtype=w.dtype), model.dt_E[:, None, None] / 2
+    eye, half = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device), model.dt_E[:, None, None] / 2
     solve = torch.linalg.inv(eye - half * A)
     a_bar, b_bar = solve @ (eye + half * A), (solve @ b[..., None])[..., 0] * model.dt_E[:, None]
     c_EM = torch.cat([model.c_QEN[0], model.c_QEN[0].conj()], -1)
-    start = torch.zeros(len(x_BLE), *model.w_EN.shape, dtype=w.dtype) if initial is None else initial
+    start = w.new_zeros(len(x_BLE), *model.w_EN.shape) if initial is None else initial
+    mask_BL = torch.ones_like(x_BLE[..., 0], dtype=torch.bool) if mask_BL is None else mask_BL
     h_BEM, steps = torch.cat([start, start.conj()], -1), []
     for t, x_BE in enumerate(x_BLE.unbind(1)):
         after_BEM = torch.einsum("emn,ben->bem", a_bar, h_BEM) + b_bar * x_BE[..., None]
-        real_B11 = torch.ones(len(x_BLE), 1, 1, dtype=torch.bool) if mask_BL is None else mask_BL[:, t, None, None]
+        real_B11 = mask_BL[:, t, None, None]
         h_BEM = torch.where(real_B11, after_BEM, h_BEM)
         steps.append(torch.where(real_B11[..., 0], (c_EM * h_BEM).sum(-1).real, 0.0))
     return torch.stack(steps, 1), h_BEM[..., : start.shape[-1]] if final else None

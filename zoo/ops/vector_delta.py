@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ConfigError
-from zoo.ops import chunks
+from zoo.ops import chunks, fla
 from zoo.ops.backends import register_backend
 from zoo.ops.delta import _carry, _carry_back, run, unit_inverse
 from zoo.ops.recurrence import _vector_scores, _vector_scores_grad
@@ -75,9 +75,23 @@ def vector_delta_rule(
     )  # fmt: skip
 
 
+def kernel_serves(q, k, v, *_) -> bool:
+    """Whether flash-linear-attention's kernels with a decay per channel take these heads."""
+    return fla.serves(q, k, v)
+
+
+@register_backend(OP, "fla", **fla.OPTIONS, usable=kernel_serves)
+def _kernel(q_BHLK, k_BGLK, v_BGLV, beta_BGL, log_decay_BGLK, initial, scale: float, chunk, starts_BL):
+    """flash-linear-attention: chunk_kda."""
+    gates = {"beta": beta_BGL, "g": fla.bounded(log_decay_BGLK)}
+    return fla.run("kda.chunk_kda", q_BHLK, {"k": k_BGLK, "v": v_BGLV}, gates, initial, starts_BL, scale=scale)
+
+
 @register_backend(OP, "torch")
-def _chunked(q_BHLK, k_BGLK, v_BGLV, beta_BGL, log_decay_BGLK, initial, scale: float, chunk: int | None):
+def _chunked(q_BHLK, k_BGLK, v_BGLV, beta_BGL, log_decay_BGLK, initial, scale: float, chunk: int | None, starts_BL):
     """The portable implementation: y (B, H, L, V) and the final state."""
+    if starts_BL is not None:  # a decay of 0 starts a new sequence
+        log_decay_BGLK = log_decay_BGLK.masked_fill(starts_BL[:, None, :, None], -torch.inf)
     C = chunks.chunk_length(OP, k_BGLK, chunk)
     return chunks.ChunkedScan.apply(OP, C, scale, None, q_BHLK, k_BGLK, v_BGLV, initial, beta_BGL, log_decay_BGLK)
 

@@ -23,6 +23,8 @@ from zoo.ops.attention import attention, check_heads, flash_attention
 from zoo.ops.backends import autocast_dtype, dispatch, no_autocast, register_backend
 from zoo.ops.padding import invert, right_align, segment_runs, take
 
+LARGEST_BLOCK = {"cpu": 64, "cuda": 256}  # queries
+
 
 def window_attention(
     q_BHLK: Tensor,
@@ -235,7 +237,7 @@ def _aligned(
     index_BM = None
     if globals_BS is not None:
         index_BM, globals_BS = _bounded_globals(globals_BS, max_globals)
-    size, before, after = _block_geometry(q.shape[2], k.shape[2], window, causal, packed=runs_BS is not None)
+    size, before, after = _block_geometry(q, k.shape[2], window, causal, packed=runs_BS is not None)
     row = _Row(k, v, q.shape[2], size, window, causal, pads_B, runs_BS, globals_BS)
     extras = []
     if index_BM is not None:
@@ -252,10 +254,11 @@ def _aligned(
     return y
 
 
-def _block_geometry(length: int, s: int, window: int, causal: bool, packed: bool) -> tuple[int, int, int]:
+def _block_geometry(q: Tensor, s: int, window: int, causal: bool, packed: bool) -> tuple[int, int, int]:
     """Queries a block, and how many keys a block meets before its first and after its last query."""
-    # Half the window in powers of two was fastest on a CPU; `_segment_sinks` relies on size <= window + 1.
-    size = min(max(16, 1 << (max(window - 1, 1).bit_length() - 1)), 64)
+    length = q.shape[2]
+    # Half the window in powers of two was fastest; `_segment_sinks` relies on size <= window + 1.
+    size = min(max(16, 1 << (max(window - 1, 1).bit_length() - 1)), LARGEST_BLOCK["cuda" if q.is_cuda else "cpu"])
     size = min(size, window + 1) if packed else size
     if length <= size:  # one block: all new keys, and what the window reaches of the old ones
         return length, min(window - 1, s - length), 0
@@ -421,8 +424,17 @@ def _attend(q, scale: float, k_BGNJK, v_BGNJV, visible, extras: list[_Extra]) ->
     low = torch.finfo(q.dtype).min / 2
     bias = torch.zeros((), dtype=q.dtype, device=q.device).masked_fill(~visible, low)
 
+    q_BGRNCK = F.pad(q, (0, 0, 0, n * size - length)).view(b, g, r, n, size, -1)
+    if q.is_cuda:  # one kernel that keeps the scores to itself
+        q_XHCK, k_XHJK, v_XHJV = (
+            x.permute(0, 3, 1, 2, 4, 5).expand(-1, -1, -1, r, -1, -1).flatten(2, 3).flatten(0, 1)
+            for x in (q_BGRNCK, k_BGNJK[:, :, None], v_BGNJV[:, :, None])
+        )
+        bias_XHCJ = bias.expand(b, -1, -1, -1).flatten(0, 1)[:, None].expand(-1, h, -1, -1)
+        y_XHCV = F.scaled_dot_product_attention(q_XHCK, k_XHJK, v_XHJV, attn_mask=bias_XHCJ, scale=scale)
+        return y_XHCV.unflatten(0, (b, n)).transpose(1, 2).reshape(b, h, n * size, -1)[:, :, :length]
     # The R query heads of a key head are rows beside each other: one product, nothing repeated.
-    q_BGNRCK = F.pad(q * scale, (0, 0, 0, n * size - length)).view(b, g, r, n, size, -1).transpose(2, 3)
+    q_BGNRCK = (q_BGRNCK * scale).transpose(2, 3)
     scores = q_BGNRCK.reshape(b * g * n, r * size, -1) @ k_BGNJK.flatten(0, 2).transpose(1, 2)
     scores = scores.view(b, g, n, r, size, -1) + bias[:, None, :, None]
     weights = scores.softmax(-1).view(b * g * n, r * size, -1)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.errors import ConfigError
+from zoo.ops import fla
 from zoo.ops.backends import dispatch, no_autocast, register_backend
 from zoo.ops.chunks import run_starts
 from zoo.ops.diagonal import _chunk_length, _scan_chunk, _scan_chunk_back
@@ -106,6 +107,20 @@ def _read(numerator, denominator, p, own, v):
     top = torch.maximum(p, own).detach()
     past, present = (p - top).exp(), (own - top).exp()
     return (past * numerator + present * v) / (past * denominator + present)
+
+
+def _kernel_serves(k, v, rate, bonus, state_B3E, mask_BL, segments_BL, chunk) -> bool:
+    return k.dtype == torch.float32 and mask_BL is None and segments_BL is None
+
+
+@register_backend(OP, "fla", **fla.OPTIONS, usable=_kernel_serves)
+def _kernel(k, v, rate, bonus, state_B3E, mask_BL, segments_BL, chunk):
+    """flash-linear-attention: fused_recurrent_rwkv4, a loop over time for every channel."""
+    from fla.ops.rwkv4 import fused_recurrent_rwkv4
+
+    log_rate = rate.clamp(min=torch.finfo(rate.dtype).tiny).log()  # it takes the exponent
+    y, state = fused_recurrent_rwkv4(log_rate, bonus, k, v, state_B3E[:, :, None])
+    return y, state[:, :, 0]
 
 
 @register_backend(OP, "torch")
