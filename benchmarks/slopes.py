@@ -18,15 +18,17 @@ from layers import build, measure
 from peer_layers import CASES
 
 LENGTHS = (1024, 8192)
-QUADRATIC = ("attention", "mla", "linformer", "s4", "fnet", "moe (8 experts, 2 a token)")  # or nothing to promise
+QUADRATIC = ("attention", "mla", "linformer", "fnet", "moe (8 experts, 2 a token)")  # or nothing to promise
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/slopes.csv"))
+    parser.add_argument("--only", nargs="+", default=[], help="parts of names")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cases = [case for case in CASES if not case.peer and case.name not in QUADRATIC]
+    cases = [case for case in cases if not args.only or any(part in case.name for part in args.only)]
     times = {}
     for length in LENGTHS:
         times[length] = measure(build(cases, length), length, 3 if length < 4096 else 1, time.thread_time)
