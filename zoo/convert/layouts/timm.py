@@ -125,6 +125,7 @@ class TimmVisionTransformer(_Timm):
         mixer, ffn, both = spec.layers[0].mixer, spec.layers[0].ffn, spec.image.distillation_head
         size = _nearest(_WIDTHS, spec.hidden_size)
         size = "base" if both and size == "large" else size
+        head: Any = ["head", "head_dist"] if both else "head"
         args: dict[str, Any] = {
             "embed_dim": spec.hidden_size,
             "depth": len(spec.layers),
@@ -133,9 +134,9 @@ class TimmVisionTransformer(_Timm):
             "qkv_bias": mixer.qkv_bias,
         }
         if both:
-            name, head = f"deit_{size}_distilled_patch16_224", ["head", "head_dist"]
+            name = f"deit_{size}_distilled_patch16_224"
         else:
-            name, head = f"vit_{size}_patch16_224", "head"
+            name = f"vit_{size}_patch16_224"
             args |= {"class_token": spec.image.class_token, "fc_norm": False}
         return self._config(config, name, spec.hidden_size, head, args)
 
