@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import zoo
@@ -160,10 +161,12 @@ def test_bytes_that_fell_over(folders, data, name, count):
         changed[data.draw(st.integers(0, 7 + size))] = data.draw(st.integers(0, 255))
     try:
         path.write_bytes(bytes(changed))
-        if loads_or_is_refused(folder, {}) is None:
+        try:
             read = {key: t.clone() for key, t in load_file(path).items()}
-            assert read.keys() == weights.keys()
-            loads_or_is_refused(folder, read)
+        except SafetensorError:
+            read = None
+        said = loads_or_is_refused(folder, read or weights)
+        assert said is not None or read is not None
         path.write_bytes(raw[: data.draw(st.integers(0, len(raw) - 1))])
         assert loads_or_is_refused(folder, weights) is not None
     finally:
