@@ -43,8 +43,8 @@ def expand_pattern(values: dict[str, Any]) -> list[dict[str, Any]]:
     depth = {"every": 2, **(pattern.depth or {})}
     if not isinstance(every := depth.pop("every"), int) or not 1 <= every <= MAX_LAYERS:
         raise ConfigError(f"layers.depth.every: must be a number of layers, got {every!r}")
-    if unused := set(pattern.blocks) - (names := {name for name, _ in words}):
-        raise ConfigError(f"layers.blocks.{min(unused)}: not in the pattern{did_you_mean(min(unused), names)}")
+    if unused := set(pattern.blocks) - (there := {name for name, _ in words}):
+        raise ConfigError(f"layers.blocks.{min(unused)}: not in the pattern{did_you_mean(min(unused), there)}")
     memory = dict(pattern.memory or {})
     readers = _memories(memory, count)
     single = _single_layers(pattern.at)

@@ -12,7 +12,6 @@ from zoo.errors import ConversionError, UnknownNameError
 from zoo.registry import list_mixers, mixer_class
 
 CAUSAL = [n for n in list_mixers() if mixer_class(n).traits.causal]
-ALSO: dict[str, tuple[str, ...]] = {}  # layouts beside `transformers` that hold students of a Llama
 HAVE = {"transformers": {"attention", "mamba2", "sliding_window"}}
 
 
@@ -32,19 +31,22 @@ def test_a_mixer_has_a_form_in_transformers_or_is_refused(tmp_path, mixer):
     check_written(student, tmp_path / "out", f"{expected}ForCausalLM")
 
 
-@pytest.mark.parametrize("mixer", ["sliding_window", "mamba2", "retention"])
+@pytest.mark.parametrize("mixer", ["mamba2", "retention"])
 @pytest.mark.parametrize("target", sorted(list_layouts()))
 def test_over_all_targets(tmp_path, target, mixer):
     """Whatever is promised for a target can be written there; the rest is refused by name, before any work."""
-    source = teacher()
-    if target not in ("transformers", *ALSO.get(mixer, ())):
-        with pytest.raises((ConversionError, UnknownNameError), match=rf"target '{target}'|unknown target '{target}'"):
-            zoo.convert(source, mixer, keep="none", target=target)
-    elif mixer == "retention":
-        with pytest.raises(ConversionError, match="has no form there"):
-            zoo.convert(source, mixer, keep="none", target=target)
+    student, refused = None, ""
+    try:
+        student = zoo.convert(teacher(), mixer, keep="none", target=target, calibrate=False)
+    except (ConversionError, UnknownNameError) as error:
+        refused = str(error)
+    if target == "transformers":
+        assert bool(refused) == (mixer == "retention")
+    if student is None:
+        assert refused.startswith((f"target '{target}': mixer '{mixer}' has no form", f"unknown target '{target}'"))
     else:
-        student = zoo.convert(source, mixer, keep="none", target=target, calibrate=False)
+        if target == "onnx":
+            pytest.importorskip("onnxscript", reason="ONNX needs onnx and onnxscript")
         assert export_model(student, target, tmp_path / "out").layout == target
 
 

@@ -87,7 +87,7 @@ def test_windows_are_the_teachers_own_class(tmp_path, source, keep, expected):
     [
         ("sliding_window", {"window": 6}, r"llama: layers\.0\.mixer\.sinks is 4"),
         ("retention+window", {}, "nothing there has layers of .*windowed_linear"),
-        ("retention", {}, "no other layout can either"),
+        ("retention", {}, "nothing there has layers of attention, retention"),
     ],
 )
 def test_what_no_class_has_is_refused(tmp_path, mixer, options, reason):
