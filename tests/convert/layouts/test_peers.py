@@ -34,7 +34,7 @@ def place(peer, folder):
 def test_every_family_has_a_peer():
     """A new family is tested the day it appears."""
     tested = {(peer.layout, peer.family) for peer in PEERS}
-    known = {(family.layout, family.name) for family in families()}
+    known = {(family.layout, family.name) for family in families() if family.reads}
     assert known - tested == set()
 
 

@@ -140,8 +140,8 @@ def export_model(
         raise ExportError(f"{out}: exists already; give overwrite=True (--overwrite) to write into it")
     family, values = family_for(model.config, layout)
     out.mkdir(parents=True, exist_ok=True)
-    family.write(model, out, values)
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+    family.write(model, out, values, tokenizer)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
     if model.can_generate() and model.generation_config is not None and (out / "config.json").is_file():

@@ -101,8 +101,8 @@ class Family(ABC):
         """
         return {}
 
-    def write(self, model: Any, folder: Path, config: dict[str, Any]) -> None:
-        """Write a model; by default `save` of its tensors under their names."""
+    def write(self, model: Any, folder: Path, config: dict[str, Any], tokenizer: Any = None) -> None:
+        """Write a model; by default `save` of its tensors under their names. The tokenizer is saved beside them."""
         from zoo.convert.layouts.loading import their_tensors
 
         self.save(folder, config, their_tensors(self, model))

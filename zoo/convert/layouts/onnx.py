@@ -61,7 +61,7 @@ class Onnx(Family):
             raise ExportError("depth: which tokens take a block is decided while it runs, and a graph is fixed")
         return {"format": FORMAT, "task": config.task, "vocab_size": config.vocab_size}
 
-    def write(self, model: ZooPreTrainedModel, folder: Path, config: dict[str, Any]) -> None:
+    def write(self, model: Any, folder: Path, config: dict[str, Any], tokenizer: Any = None) -> None:
         if config["task"] == "causal-lm":
             config |= export_step(model, folder)
         else:
