@@ -87,7 +87,7 @@ class _Vocabulary(ZooPreTrainedModel):
         return words
 
 
-class ZooForCausalLM(_Vocabulary, GenerationMixin):
+class ZooForCausalLM(_Vocabulary, GenerationMixin):  # type: ignore[misc]  # push_to_hub, of two bases
     """Next-token prediction; works with `generate`."""
 
     def __init__(self, config: ZooConfig) -> None:

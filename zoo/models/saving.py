@@ -9,13 +9,13 @@ from typing import Any
 class Saving:
     """Goes before transformers' `PreTrainedModel` among the bases of a model."""
 
-    def push_to_hub(self, *args: Any, **options: Any) -> Any:
-        """Publish this model as `zoo.push` does, with the repository and its options; the address of the commit."""
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish this model as `zoo.push` does, with its options; the address of the commit."""
         from zoo.hub.push import push
 
         if "commit_message" in options:  # as transformers names it
             options["message"] = options.pop("commit_message")
-        pushed = push(self, *args, **options)
+        pushed = push(self, repo_id, **options)
         return pushed.url if pushed.commit is None else f"{pushed.url}/commit/{pushed.commit}"
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
