@@ -1,6 +1,6 @@
 """Run by test_memory.py in a process of its own: anonymous memory while a checkpoint is read or written.
 
-python peak_memory.py make FOLDER            a checkpoint of about 300 MB, as safetensors and as torch's files
+python peak_memory.py make FOLDER            a checkpoint of about 480 MB, as safetensors and as torch's files
 python peak_memory.py read FOLDER DTYPE      prints the bytes of the weights and the peak while they were read
 python peak_memory.py write FOLDER OUT       prints the bytes of the weights and the peak while they were written
 """
@@ -21,7 +21,7 @@ import torch
 from zoo.convert.layouts import export_model, import_checkpoint
 
 SIZES = {
-    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 704, "num_hidden_layers": 8, "num_local_experts": 8,
+    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 704, "num_hidden_layers": 12, "num_local_experts": 8,
     "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 64,
 }  # fmt: skip
 TINY = {**SIZES, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
