@@ -187,7 +187,7 @@ def _calibration_tokens(
     if isinstance(data, Tensor):
         found, where = data, "given images" if teacher.task == "image-classification" else "given tokens"
     elif data is not None and teacher.task == "image-classification":
-        images, options = open_images(data), config.spec.image or ImageOptions()
+        images, options = open_images(data), config.spec.image or ImageOptions.parse({})
         found, where = sample_images(images, options, seed=seed), images.name
     elif data is not None:
         if teacher.tokenizer is None:
