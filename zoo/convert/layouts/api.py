@@ -102,7 +102,7 @@ def _recognises(family: Family, checkpoint: Checkpoint) -> bool:
 
 def _config_of(family: Family, checkpoint: Checkpoint) -> ZooConfig:
     where = f"{checkpoint.path}: config"
-    origin = {"layout": family.layout, "family": family.name, "config": checkpoint.config}
+    origin = {"layout": family.layout, "family": family.name, "config": _kept(checkpoint.config)}
     try:
         fields = family.fields(checkpoint)
         return ZooConfig(**{**fields, "origin": {**origin, **fields.get("origin", {})}})
@@ -114,6 +114,13 @@ def _config_of(family: Family, checkpoint: Checkpoint) -> ZooConfig:
         raise CheckpointError(f"{where}: {error.args[0]} is missing") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
         raise CheckpointError(f"{where}: a value is not what {family.name} needs: {error}") from None
+
+
+def _kept(value: Any) -> Any:
+    """A config without its dtypes, which transformers would read wherever they stand, also below `origin`."""
+    if isinstance(value, dict):
+        return {key: _kept(v) for key, v in value.items() if key not in ("dtype", "torch_dtype")}
+    return [_kept(v) for v in value] if isinstance(value, list) else value
 
 
 def _tokenizer(folder: Path, vocab_size: int, given: Any) -> Any:

@@ -217,18 +217,22 @@ def _translations() -> dict[Any, Callable]:
 
 def _searchsorted(line: Any, values: Any, out_int32: bool = False, right: bool = False, **unused: Any) -> Any:
     """How many numbers of a sorted line are below each value, or not above it."""
-    from onnxscript import opset18 as op
-
+    op = _opset()
     last = op.Constant(value_ints=[-1])
     compare = op.LessOrEqual if right else op.Less
     below = op.Cast(compare(line, op.Unsqueeze(values, last)), to=6 if out_int32 else 7)  # int32, int64
     return op.ReduceSum(below, last, keepdims=0)
 
 
+def _opset() -> Any:
+    import onnxscript
+
+    return onnxscript.opset18
+
+
 def _cummax(x: Any, dim: int) -> Any:
     """The largest so far along an axis, and where it stood: all pairs, of which the later ones count as the lowest."""
-    from onnxscript import opset18 as op
-
+    op = _opset()
     rank, whole = len(x.shape), not x.dtype.is_floating_point()
     order = [d for d in range(rank) if d != dim % rank] + [dim % rank]
     back = [order.index(d) for d in range(rank)]
@@ -246,8 +250,7 @@ def _cummax(x: Any, dim: int) -> Any:
 
 def _stable_sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
     """TopK of all, whose ties keep their order."""
-    from onnxscript import opset18 as op
-
+    op = _opset()
     rank = len(x.shape)
     n = op.Shape(x, start=dim % rank, end=dim % rank + 1)
     return op.TopK(x, n, axis=dim % rank, largest=int(descending), sorted=1)
