@@ -52,10 +52,10 @@ def import_(
         print_json({**facts, "dtype": str(found.model.dtype).removeprefix("torch."), "out": str(out)})
         return
     say(f"read as {found.family} in the layout {found.layout}: {parameters:,} parameters, {found.model.dtype}")
-    say(
-        f"saved in {out}; next: zoo show {out}"
-        + ("" if found.tokenizer is None else f", zoo generate {out} --prompt TEXT")
-    )
+    if found.tokenizer is None:
+        say(f"saved in {out}, without a tokenizer; next: zoo show {out}")
+    else:
+        say(f"saved in {out}; next: zoo show {out}, zoo generate {out} --prompt TEXT")
 
 
 def _place(checkpoint: str, file: str | None) -> tuple[Path, dict[str, Any]]:

@@ -86,3 +86,22 @@ def test_what_cannot_be_told_is_refused(tmp_path):
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"cut\.gguf"):
         import_checkpoint(tmp_path / "cut.gguf")
+
+
+def test_the_vocabulary_inside_is_found(tmp_path):
+    """Of a file as llama.cpp's own converter writes it, here with a byte-level BPE of a few merges."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<end>"])
+    tokenizer.train_from_iterator(["the cat sat on the mat, then the dog sat"] * 9, trainer)
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>")
+    model = zoo.create_model("llama-tiny", vocab_size=len(words))
+    export_model(model, "gguf", tmp_path / "out", tokenizer=words)
+    found = import_checkpoint(tmp_path / "out" / "model.gguf")
+    for text in ("the cat sat", "on ünknown mats\n\n1999"):
+        assert found.tokenizer(text).input_ids == words(text).input_ids
+    assert found.model.config.eos_token_id == words.eos_token_id

@@ -69,7 +69,11 @@ def import_checkpoint(
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return Imported(model, _tokenizer(folder, config.vocab_size, tokenizer), family.layout, family.name)
+    if tokenizer is None and path.suffix == ".gguf":
+        found = _vocabulary_inside(path, checkpoint)
+    else:
+        found = _tokenizer(folder, config.vocab_size, tokenizer)
+    return Imported(model, found, family.layout, family.name)
 
 
 def guess_layout(path: str | Path) -> tuple[str, str]:
@@ -130,6 +134,18 @@ def _tokenizer(folder: Path, vocab_size: int, given: Any) -> Any:
         given = folder
     with reading(f"{folder}: tokenizer"):
         return given_tokenizer(given, vocab_size)
+
+
+def _vocabulary_inside(path: Path, checkpoint: Checkpoint) -> Any:
+    """The tokenizer in a GGUF file; None where there is none, or none that transformers can make."""
+    if checkpoint.config.get("tokenizer.ggml.model", "no_vocab") == "no_vocab":
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception:  # whatever a vocabulary that transformers does not know leads it into
+        return None
 
 
 def export_model(
