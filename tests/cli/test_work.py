@@ -132,7 +132,7 @@ def test_bad_input(run, tmp_path, args, message):
 
 
 def test_score_needs_text_and_a_teacher(run, student, teacher, text, tmp_path):
-    assert "no run here that held text out; name some with --data" in run("score", student).error
+    assert "no run here that held anything out; name data with --data" in run("score", student).error
     (tmp_path / "empty.txt").write_text("")
     assert "empty.txt" in run("score", student, "--data", "empty.txt").error
     (tmp_path / "latin.txt").write_bytes("d\xe9j\xe0 vu".encode("latin-1"))

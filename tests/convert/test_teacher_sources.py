@@ -235,7 +235,14 @@ def test_an_unknown_family_is_refused_with_what_an_adapter_needs(saved, tmp_path
     for source in (model, copied(saved, tmp_path, model_type="bloom"), copied(saved, tmp_path, model_type="bloomz")):
         with pytest.raises(ConversionError) as error:
             load_teacher(source)
-        for word in ("'bloom", "llama (llama, mistral, qwen2", "gpt_neox", "distilbert", "architectures", "modules"):
+        for word in (
+            "'bloom",
+            "llama (llama, ministral, mistral, qwen2",
+            "gpt_neox",
+            "distilbert",
+            "architectures",
+            "modules",
+        ):
             assert word in str(error.value)
     with pytest.raises(ConversionError, match="did you mean 'mistral'"):
         load_teacher(copied(saved, tmp_path, model_type="mixtral"))

@@ -133,7 +133,7 @@ def test_positions_and_decays_are_the_published_ones():
     cos, sin = rotary_tables(published_rotary(K), K, torch.arange(L)[None])
     torch.testing.assert_close(cos[0].double(), cos_LK, rtol=0, atol=1e-5)
     torch.testing.assert_close(sin[0, :, 1::2].double(), sin_LK[:, 1::2], rtol=0, atol=1e-5)
-    for name in zoo.list_models("retnet-*"):
+    for name in set(zoo.list_models("retnet-*")) - {"retnet-fla-1.3b"}:  # which has Llama's
         mixer = model_config(name).spec.layers[0].mixer
         assert mixer.rotary == published_rotary(mixer.head_dim), name
     decay = Retention(RetentionConfig(num_heads=8, head_dim=4), 8).decay_logit_G.double().sigmoid()

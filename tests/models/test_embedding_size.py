@@ -7,8 +7,8 @@ import torch
 
 import zoo
 from zoo.convert.layerwise import before_head, embed, run_layers
+from zoo.train.heads import finish
 from zoo.train.losses import head_loss
-from zoo.train.stages import finish
 
 OPT_350M = {"embedding_size": 24, "embedding_projection_bias": False, "embedding_output": "project"}
 MODELS = {

@@ -2,7 +2,7 @@
 tensors by their names; RWKV by the functions of tests/peers/rwkv.py, Mamba by transformers' classes.
 
 Names and shapes are those that the classes of flash-linear-attention 0.6.0 have (they can be built on a CPU, not run);
-with the package on the path, `test_names_are_those_of_the_package` of tests/convert/layouts/test_fla.py compares.
+with the package on the path, `test_names_are_those_of_the_package` of tests/convert/layouts/test_fla_names.py compares.
 """
 
 from __future__ import annotations

@@ -92,12 +92,24 @@ def _kernel_pair(x_PI: Tensor, first_EIO: Tensor, second_EIO: Tensor, ends_E: Te
 
 @register_backend(PAIR, "torch")
 def _loop_pair(x_PI: Tensor, first_EIO: Tensor, second_EIO: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_exporting():
+        return _gathered(x_PI, first_EIO, ends_E), _gathered(x_PI, second_EIO, ends_E)
     return _pair(x_PI, first_EIO, second_EIO, ends_E)
 
 
 @register_backend(OP, "torch")
 def _loop(x_PI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    if torch.compiler.is_exporting():
+        return _gathered(x_PI, weight_EIO, ends_E)
     return _product(x_PI, weight_EIO, ends_E)
+
+
+def _gathered(x_PI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """Each row with its own copy of the weight, for graphs that leave torch: good for the few rows of a step."""
+    row_P1 = torch.arange(x_PI.shape[0], device=x_PI.device)[:, None]
+    group_P = (row_P1 >= ends_E).sum(1).clamp(max=weight_EIO.shape[0] - 1)
+    y_PO = torch.bmm(x_PI[:, None], weight_EIO[group_P])[:, 0]
+    return y_PO.masked_fill(row_P1 >= ends_E[-1], 0)
 
 
 def _groups(ends_E: Tensor) -> Iterator[tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""Run by test_memory.py in a process of its own: anonymous memory while a checkpoint is read or written.
+"""Run by test_peak_memory.py in a process of its own: anonymous memory while a checkpoint is read or written.
 
 python peak_memory.py make FOLDER            a checkpoint of about 480 MB, as safetensors and as torch's files
 python peak_memory.py read FOLDER DTYPE      prints the bytes of the weights and the peak while they were read
