@@ -77,7 +77,7 @@ def token_pairs(weights_BLK: Tensor, experts_BLK: Tensor, kept_BLK: Tensor | Non
     if kept_BLK is not None:
         experts_BLK = experts_BLK.masked_fill(~kept_BLK, count)
         weights_BLK = weights_BLK.masked_fill(~kept_BLK, 0)
-    N = experts_BLK.shape[:2].numel()
+    N = experts_BLK.shape[0] * experts_BLK.shape[1]  # `Size.numel` would be a constant in a graph
     token_P = torch.arange(N, device=experts_BLK.device)[:, None].expand(N, K).flatten()
     return Pairs(token_P, experts_BLK.flatten(), weights_BLK.flatten())
 
@@ -196,7 +196,7 @@ def _best_tokens(scores_BLE: Tensor, top_k: int, mask_BL: Tensor | None, segment
 
 def balance_loss(probabilities_BLE: Tensor, chosen_BLE: Tensor, mask_BL: Tensor | None) -> Tensor:
     """Load-balancing loss over the real tokens of a batch; K (experts a token) where the load is even."""
-    tokens = chosen_BLE.shape[:2].numel() if mask_BL is None else mask_BL.sum().clamp(min=1)
+    tokens = chosen_BLE.shape[0] * chosen_BLE.shape[1] if mask_BL is None else mask_BL.sum().clamp(min=1)
     if mask_BL is not None:
         probabilities_BLE = probabilities_BLE * mask_BL[..., None]
     share_E = chosen_BLE.sum((0, 1)) / tokens
