@@ -53,7 +53,8 @@ class _Mamba(Family):
         return {"lm_head.weight": f"backbone.{self.embedding}.weight"} if config.tie_word_embeddings else {}
 
 
-def _one_mixer(config: ZooConfig) -> MambaConfig:
+def one_mixer(config: ZooConfig) -> Any:
+    """The options of the mixers of a model whose layers are all alike, with all sizes. Raises ExportError."""
     layers = config.spec.layers
     if any(layer != layers[0] for layer in layers):
         raise ExportError("its layers differ from each other")
@@ -105,7 +106,7 @@ class TransformersMamba(_Mamba):
         }
 
     def config(self, config: ZooConfig) -> dict[str, Any]:
-        mixer = _one_mixer(config)
+        mixer = one_mixer(config)
         return {
             "architectures": [self.about],
             "model_type": self.model_type,
@@ -143,7 +144,7 @@ class FalconMamba(TransformersMamba):
         return found
 
     def config(self, config: ZooConfig) -> dict[str, Any]:
-        eps = _one_mixer(config).bcdt_norm_eps
+        eps = one_mixer(config).bcdt_norm_eps
         if eps is None:
             raise ExportError("norms steps, B and C, which this model does not")
         return {**super().config(config), "mixer_rms_eps": eps}
@@ -190,7 +191,7 @@ class MambaSSM(_Mamba):
         }
 
     def config(self, config: ZooConfig) -> dict[str, Any]:
-        mixer = _one_mixer(config)
+        mixer = one_mixer(config)
         ssm = {"d_state": mixer.state_dim, "d_conv": mixer.conv, "expand": _expand(mixer, config)}
         return {
             "d_model": config.hidden_size,

@@ -17,7 +17,7 @@ from torch import Tensor
 from zoo.config import ZooConfig
 from zoo.convert.layouts.family import Family, register_family
 from zoo.convert.layouts.files import Checkpoint
-from zoo.convert.layouts.mamba import save_mamba_ssm
+from zoo.convert.layouts.mamba import one_mixer, save_mamba_ssm
 from zoo.convert.layouts.mapping import Entry, Way, same, split
 from zoo.errors import CheckpointError, ExportError
 from zoo.mixers.mamba2 import Mamba2Config
@@ -155,14 +155,11 @@ class _Mamba2(Family):
         return {"lm_head.weight": f"backbone.{self.embedding}.weight"} if config.tie_word_embeddings else {}
 
 
-def one_mixer(config: ZooConfig) -> Mamba2Config:
-    """The options of the mixers of a model whose layers are all alike. Raises ExportError."""
-    layers = config.spec.layers
-    if any(layer != layers[0] for layer in layers):
-        raise ExportError("its layers differ from each other")
-    if layers[0].ffn is not None:
+def bare_mixer(config: ZooConfig) -> Mamba2Config:
+    """As `one_mixer`, of blocks without a channel mixer and in the published form. Raises ExportError."""
+    mixer = one_mixer(config)
+    if config.spec.layers[0].ffn is not None:
         raise ExportError("its blocks have no channel mixer, those of this model do")
-    mixer = layers[0].mixer.resolved(config.hidden_size)
     check_convolved(mixer)
     return mixer
 
@@ -219,7 +216,7 @@ class TransformersMamba2(_Mamba2):
         }
 
     def config(self, config: ZooConfig) -> dict[str, Any]:
-        mixer = one_mixer(config)
+        mixer = bare_mixer(config)
         return {
             "architectures": ["Mamba2ForCausalLM"],
             "model_type": "mamba2",
@@ -282,7 +279,7 @@ class Mamba2SSM(_Mamba2):
         }
 
     def config(self, config: ZooConfig) -> dict[str, Any]:
-        mixer = one_mixer(config)
+        mixer = bare_mixer(config)
         return {
             "d_model": config.hidden_size,
             "d_intermediate": 0,
