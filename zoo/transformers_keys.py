@@ -6,6 +6,7 @@ and a number of labels with twenty digits would fill the memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,14 @@ Token = Annotated[int, Field(ge=-1, lt=1 << 31)]
 # Any other name would be that of a repository whose kernels transformers fetches and runs.
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"]
 Number = int | Annotated[str, Field(pattern=r"^\d{1,9}$")]
+
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def present(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Those of `keys` to which a config gives a value that is not None."""
+    return {key: config[key] for key in keys if config.get(key) is not None}
 
 
 class TransformersKeys(Options):

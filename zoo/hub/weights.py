@@ -92,7 +92,7 @@ def open_weights(file: Path) -> Any:
     try:
         opened = safe_open(file, framework="pt")
         with file.open("rb") as raw:
-            json.loads(raw.read(int.from_bytes(raw.read(8), "little")), object_pairs_hook=_once)
+            json.loads(raw.read(int.from_bytes(raw.read(8), "little")), object_pairs_hook=once)
     except KeyError as error:
         raise CheckpointError(f"{file}: {error.args[0]!r} is in the header twice") from None
     except (SafetensorError, OSError) as error:
@@ -100,7 +100,7 @@ def open_weights(file: Path) -> Any:
     return opened
 
 
-def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """A mapping of JSON; KeyError for a key that the usual reader would overwrite in silence."""
     found: dict[str, Any] = {}
     for key, value in items:

@@ -25,9 +25,10 @@ from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mapping import Entry, flat, pairs, same
 from zoo.convert.layouts.names import LAYER_NORM, class_of
 from zoo.errors import CheckpointError, ExportError
+from zoo.transformers_keys import TOKEN_IDS, present
 
 _BOTH = ("weight", "bias")
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id")
+_TOKENS = (*TOKEN_IDS, "sep_token_id")
 _LABELS = ("id2label", "label2id", "problem_type")
 _DEFAULTS = {
     "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 3072,
@@ -132,7 +133,7 @@ class Encoder(Family):
             "tie_word_embeddings": c["tie_word_embeddings"],
             "initializer_range": c["initializer_range"],
             **heads.get(task, {}),
-            **{key: c[key] for key in (*_TOKENS, *_LABELS) if c.get(key) is not None},
+            **present(c, *_TOKENS, *_LABELS),
         }
 
     def positions(self, c: dict[str, Any]) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import CheckpointError
+from zoo.hub.weights import once
 
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 DTYPES = {
@@ -89,7 +90,7 @@ def read_header(path: Path) -> dict[str, Slot]:
             raise CheckpointError(f"{path}: the header says it has {length:,} bytes, in a file of {size:,}")
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_once)
+        header = json.loads(raw, object_pairs_hook=once)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is not valid JSON: {error}") from None
     except KeyError as error:
@@ -107,15 +108,6 @@ def read_header(path: Path) -> dict[str, Slot]:
     if at != size:
         raise CheckpointError(f"{path}: truncated or too long: its tensors end at byte {at:,}, the file at {size:,}")
     return slots
-
-
-def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in items:
-        if key in found:
-            raise KeyError(key)
-        found[key] = value
-    return found
 
 
 def _slot(path: Path, name: str, value: Any, base: int) -> Slot:

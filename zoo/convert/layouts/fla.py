@@ -15,15 +15,15 @@ from zoo.convert.layouts.family import Family, register_family
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mapping import Entry, depthwise, initial, same
 from zoo.errors import CheckpointError, ExportError
+from zoo.transformers_keys import TOKEN_IDS, present
 
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What changes how fla computes, and not what.
 _HOW = {
     "attn_mode", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp",
     "use_cache",
     "initializer_range", "max_position_embeddings", "vocab_size", "hidden_size", "num_hidden_layers", "model_type",
     "architectures", "tie_word_embeddings", "norm_eps", "hidden_ratio", "intermediate_size", "dtype", "torch_dtype",
-    "transformers_version", "auto_map", "_name_or_path", *_SPECIAL,
+    "transformers_version", "auto_map", "_name_or_path", *TOKEN_IDS,
 }  # fmt: skip
 
 
@@ -77,7 +77,7 @@ class FlaFamily(Family):
             "embedding_norm": self.first_norm,
             "tie_word_embeddings": c["tie_word_embeddings"],
             "initializer_range": c["initializer_range"],
-            **{key: c[key] for key in _SPECIAL if c.get(key) is not None},
+            **present(c, *TOKEN_IDS),
         }
 
     @abstractmethod
@@ -144,7 +144,7 @@ class FlaFamily(Family):
             "max_position_embeddings": config.max_position_embeddings,
             "norm_eps": config.norm_eps,
             "tie_word_embeddings": config.tie_word_embeddings,
-            **{key: getattr(config, key) for key in _SPECIAL},
+            **{key: getattr(config, key) for key in TOKEN_IDS},
             **self.mixer_config(layer.mixer.resolved(config.hidden_size), config.hidden_size),
         }
 

@@ -20,7 +20,6 @@ from zoo.convert.layouts.mamba2 import (
     mamba2_entries,
     mamba2_options,
     scaled,
-    special_tokens,
     step_floor,
     step_limit,
 )
@@ -30,6 +29,7 @@ from zoo.convert.teachers.adapter import common_values
 from zoo.errors import CheckpointError, ExportError
 from zoo.mixers.attention import AttentionConfig
 from zoo.mixers.mamba2 import Mamba2Config
+from zoo.transformers_keys import TOKEN_IDS, present
 
 Scales = Callable[[str], float]
 ONES: Scales = lambda part: 1.0  # noqa: E731
@@ -91,7 +91,7 @@ class _Hybrid(Family):
             "norm_eps": c.get("rms_norm_eps", 1e-5),
             "tie_word_embeddings": c.get("tie_word_embeddings", False),
             "initializer_range": c.get("initializer_range", 0.02),
-            **special_tokens(c),
+            **present(c, *TOKEN_IDS),
         }
 
     def values(self, config: ZooConfig, mixer: Mamba2Config, attention: AttentionConfig | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mapping import Entry, depthwise, same
 from zoo.errors import CheckpointError, ExportError
 from zoo.mixers.mamba import MambaConfig
+from zoo.transformers_keys import TOKEN_IDS, present
 
 _INERT = ("out_init", "dt_min", "dt_max")
 
@@ -102,7 +103,7 @@ class TransformersMamba(_Mamba):
             "norm_eps": c.get("layer_norm_epsilon", 1e-5),
             "tie_word_embeddings": c.get("tie_word_embeddings", True),
             "initializer_range": c.get("initializer_range", 0.1),
-            **{k: c[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if c.get(k) is not None},
+            **present(c, *TOKEN_IDS),
         }
 
     def config(self, config: ZooConfig) -> dict[str, Any]:
@@ -123,9 +124,7 @@ class TransformersMamba(_Mamba):
             "hidden_act": "silu",
             "layer_norm_epsilon": config.norm_eps,
             "tie_word_embeddings": config.tie_word_embeddings,
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
-            "pad_token_id": config.pad_token_id,
+            **{key: getattr(config, key) for key in TOKEN_IDS},
         }
 
 

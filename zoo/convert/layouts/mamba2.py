@@ -21,10 +21,10 @@ from zoo.convert.layouts.mamba import one_mixer, save_mamba_ssm
 from zoo.convert.layouts.mapping import Entry, Way, same, split
 from zoo.errors import CheckpointError, ExportError
 from zoo.mixers.mamba2 import Mamba2Config
+from zoo.transformers_keys import TOKEN_IDS, present
 
 INERT = ("dt_min", "dt_max")
 _PARTS = ("g", "v", "k", "q", "dt")  # gate, x, B, C and steps, in the order of their projection
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Scales = Callable[[str], float]
 
@@ -130,11 +130,6 @@ def step_limit(options: Mamba2Config) -> dict[str, Any]:
     return {"time_step_limit": [options.dt_floor, {"__float__": "Infinity"}]} if options.dt_floor else {}
 
 
-def special_tokens(config: dict[str, Any]) -> dict[str, Any]:
-    """The ids of special tokens that a config names."""
-    return {key: config[key] for key in _SPECIAL if config.get(key) is not None}
-
-
 class _Mamba2(Family):
     name = "mamba2"
     mixers = ("mamba2",)
@@ -212,7 +207,7 @@ class TransformersMamba2(_Mamba2):
             "norm_eps": eps,
             "tie_word_embeddings": c.get("tie_word_embeddings", False),
             "initializer_range": c.get("initializer_range", 0.1),
-            **special_tokens(c),
+            **present(c, *TOKEN_IDS),
         }
 
     def config(self, config: ZooConfig) -> dict[str, Any]:
@@ -235,7 +230,7 @@ class TransformersMamba2(_Mamba2):
             "hidden_act": "silu",
             "layer_norm_epsilon": config.norm_eps,
             "tie_word_embeddings": config.tie_word_embeddings,
-            **{key: getattr(config, key) for key in _SPECIAL},
+            **{key: getattr(config, key) for key in TOKEN_IDS},
         }
 
 

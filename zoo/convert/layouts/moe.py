@@ -19,8 +19,8 @@ from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mapping import Entry, pairs, same
 from zoo.convert.layouts.rope import read_rope, write_rope
 from zoo.errors import CheckpointError, ExportError
+from zoo.transformers_keys import TOKEN_IDS, present
 
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu", "initializer_range": 0.02, "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
     "num_key_value_heads": None, "head_dim": None, "sliding_window": None, "attention_bias": False,
@@ -100,7 +100,7 @@ class ExpertDecoder(Family):
             "norm_eps": c["rms_norm_eps"],
             "tie_word_embeddings": c["tie_word_embeddings"],
             "initializer_range": c["initializer_range"],
-            **{key: c[key] for key in _TOKENS if c.get(key) is not None},
+            **present(c, *TOKEN_IDS),
         }
 
     def config(self, config: ZooConfig) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class ExpertDecoder(Family):
             "tie_word_embeddings": spec.tie_word_embeddings,
             "num_experts_per_tok": moe.top_k,
             "router_aux_loss_coef": moe.balance_loss,
-            **{key: getattr(config, key) for key in _TOKENS},
+            **{key: getattr(config, key) for key in TOKEN_IDS},
             **self.options(config, moe),
         }
 

@@ -21,6 +21,7 @@ from zoo.convert.layouts.rope import read_rope, write_rope
 from zoo.convert.teachers.adapter import common_values
 from zoo.errors import CheckpointError, ExportError
 from zoo.mixers.gated_delta_net import GatedDeltaNetConfig
+from zoo.transformers_keys import TOKEN_IDS, present
 
 _HEAD_NORM_EPS = 1e-5
 _NORMS = {
@@ -62,7 +63,7 @@ class OlmoHybrid(Family):
             "norm_eps": c.get("rms_norm_eps", 1e-6),
             "tie_word_embeddings": c.get("tie_word_embeddings", False),
             "initializer_range": c.get("initializer_range", 0.02),
-            **{k: c[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if c.get(k) is not None},
+            **present(c, *TOKEN_IDS),
         }
 
     def entries(self, config: ZooConfig) -> Iterator[Entry]:

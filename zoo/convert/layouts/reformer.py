@@ -16,6 +16,7 @@ from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mapping import Entry, mapped, pairs, same
 from zoo.convert.layouts.names import class_of
 from zoo.errors import CheckpointError, ExportError
+from zoo.transformers_keys import TOKEN_IDS, present
 
 _DEFAULTS: dict[str, Any] = {
     "attention_head_size": 64, "attn_layers": ["local", "lsh", "local", "lsh", "local", "lsh"],
@@ -32,7 +33,6 @@ _CLASSES = {
     "ReformerForMaskedLM": "masked-lm",
     "ReformerModel": "sentence-embedding",
 }
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @register_family
@@ -80,7 +80,7 @@ class Reformer(Family):
             "embedding_dropout": c["hidden_dropout_prob"],
             "tie_word_embeddings": False,
             "initializer_range": c["initializer_range"],
-            **{key: c[key] for key in _TOKENS if c.get(key) is not None},
+            **present(c, *TOKEN_IDS),
         }
 
     def config(self, config: ZooConfig) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Reformer(Family):
             "initializer_range": spec.initializer_range,
             "tie_word_embeddings": spec.tie_word_embeddings,
             "num_buckets": 2,  # without hashed layers
-            **{key: getattr(config, key) for key in _TOKENS},
+            **{key: getattr(config, key) for key in TOKEN_IDS},
         }
         for layer in spec.layers:
             kind = kinds[layer.mixer.name]

@@ -11,6 +11,7 @@ from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mapping import Entry, flat, pairs, same
 from zoo.convert.teachers.adapter import common_values
 from zoo.errors import CheckpointError, ExportError
+from zoo.transformers_keys import TOKEN_IDS, present
 
 _EPS = 1e-5  # of the last norm, whatever `layer_norm_epsilon` is: one model has one here
 _LETTERS = {"key": "k", "value": "v", "receptance": "r"}
@@ -49,7 +50,7 @@ class TransformersRWKV4(Family):
             "embedding_norm": True,
             "tie_word_embeddings": c.get("tie_word_embeddings", False),
             "layers": [layer] * c["num_hidden_layers"],
-            **{k: c[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if c.get(k) is not None},
+            **present(c, *TOKEN_IDS),
         }
 
     def entries(self, config: ZooConfig) -> Iterator[Entry]:

@@ -21,6 +21,7 @@ from zoo.convert.layouts.mapping import Entry, same
 from zoo.convert.layouts.names import LAYER_NORM, class_of
 from zoo.convert.teachers import adapter as adapters
 from zoo.convert.teachers.adapter import Packed, TeacherAdapter, as_packed
+from zoo.transformers_keys import TOKEN_IDS, present
 
 _PRETRAINING = ("cls.seq_relationship", "sop_classifier")
 
@@ -86,8 +87,8 @@ class AdapterFamily(Family):
         classes = self.adapter.architectures_of(values["model_type"])
         config, architecture = self.adapter.config(values), class_of(checkpoint, classes, self.files.read_as)
         self.adapter.check_options(config)
-        carried = {k: values[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if values.get(k) is not None}
-        labels = {k: values[k] for k in ("id2label", "label2id", "problem_type") if values.get(k) is not None}
+        carried = present(values, *TOKEN_IDS)
+        labels = present(values, "id2label", "label2id", "problem_type")
         if not labels and classes[architecture].endswith("classification"):
             labels = {"num_labels": config.num_labels}
         origin = {"architecture": architecture, "source": str(checkpoint.path)}

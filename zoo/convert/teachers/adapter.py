@@ -28,6 +28,7 @@ from transformers import AutoConfig
 from zoo.config import ZooConfig
 from zoo.errors import ConfigError, ConversionError, ExportError, did_you_mean
 from zoo.ops.rotary import RotaryConfig
+from zoo.transformers_keys import TOKEN_IDS
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ def common_values(config: ZooConfig, model_type: str, architecture: str) -> dict
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.initializer_range,
-        **{key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **{key: getattr(config, key) for key in TOKEN_IDS},
     }
 
 

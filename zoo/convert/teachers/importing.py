@@ -27,8 +27,9 @@ from zoo.errors import ConversionError
 from zoo.models.backbone import ZooPreTrainedModel
 from zoo.models.create import load_folder
 from zoo.models.heads import TASK_CLASSES
+from zoo.transformers_keys import TOKEN_IDS
 
-_CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "use_cache")
+_CARRIED = (*TOKEN_IDS, "id2label", "label2id", "problem_type", "use_cache")
 
 
 @dataclass
