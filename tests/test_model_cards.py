@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ def test_a_committed_card_is_what_the_code_writes(folder):
     text = card_text(folder, score, facts)
     assert (folder / "README.md").read_text(encoding="utf-8") == text, f"run: zoo card model_cards/{folder.name}"
     assert eval_results(score, facts) is None
+    assert facts.commit is None or re.fullmatch("[0-9a-f]{40}", facts.commit), (
+        "trained from files that differ from a commit"
+    )
 
 
 def test_every_folder_of_a_card_has_its_score():

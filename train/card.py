@@ -29,6 +29,10 @@ PLOTS = {
     "by_length.png": "State bytes and decoding speed by length",
     "tradeoff.png": "KL against the number of layers that keep attention",
 }
+UNNAMED = (
+    "**Which weights these numbers belong to was not recorded when they were measured.** A model trained again is "
+    "another one, and needs a score of its own."
+)
 
 
 def card(folder: str | Path, *, run: str | Path | None = None, overwrite: bool = False, **given: Any) -> Path:
@@ -300,7 +304,8 @@ def _summary(student: Row, teacher: Row | None, facts: Facts, task: CardTask) ->
     parts = [f"{count} of {layers} layers are {mixer}" for mixer, count in mixers.items()]
     made = f"Made from {inline(name)} by replacing its attention and distilling" if name else "Trained from nothing"
     sentences = [f"{made}: {', '.join(parts)}." if parts else f"{made}."]
-    return " ".join([*sentences, *task.summary(student), *_ratios(student, teacher)])
+    summary = " ".join([*sentences, *task.summary(student), *_ratios(student, teacher)])
+    return summary if student.get("weights_sha256") else f"{summary}\n\n{UNNAMED}"
 
 
 def _ratios(student: Row, teacher: Row | None) -> list[str]:
@@ -382,8 +387,6 @@ def _score_section(score: Mapping[str, Any], student: Row) -> str:
         parts.append(f"Measured with: {inline(', '.join(known))}.")
     if sha256 := student.get("weights_sha256"):
         parts.append(f"These are the numbers of the weights whose SHA-256 is {code(sha256)} (`zoo.hub.weights`).")
-    else:
-        parts.append("Which weights these numbers belong to was not recorded when they were measured.")
     return "\n\n".join([*parts, *(f"- {inline(note)}" for note in score.get("notes") or [])])
 
 

@@ -111,7 +111,8 @@ class Facts(Options):
 
     def updated(self, values: Mapping[str, Any], path: str = "") -> Self:
         """These facts with others in their place; None takes one away."""
-        return type(self).parse({**self.known(), **values}, path)
+        both = {**self.known(), **values}
+        return type(self).parse({key: value for key, value in both.items() if value is not None}, path)
 
 
 class CardFile(Options):

@@ -126,6 +126,19 @@ def test_a_card_is_filled_from_what_was_measured_and_recorded():
     assert "\n\n\n" not in text
 
 
+def test_a_card_says_first_whose_numbers_are_not_known():
+    before = "was not recorded when they were measured"
+    assert before in text_of(SCORE).split("## Load")[0]
+    named = {**SCORE, "rows": [SCORE["rows"][0], {**SCORE["rows"][1], "weights_sha256": "0" * 64}]}
+    assert before not in text_of(named)
+    assert "0" * 64 in text_of(named)
+
+
+def test_none_takes_a_fact_away():
+    facts = Facts(title="a", limits=["It is small."], seed=0)
+    assert facts.updated({"limits": None, "title": None}).known() == {"seed": 0}
+
+
 def test_results_are_in_the_form_that_the_hub_reads():
     from huggingface_hub import ModelCardData, parse_eval_result_entries
 
