@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from zoo.config import ZooConfig
-from zoo.convert.layouts.family import Family, register_family
+from zoo.convert.layouts.family import Family, one_layer, register_family
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mapping import Entry, flat, pairs, same
 from zoo.convert.layouts.names import LAYER_NORM, class_of
@@ -237,15 +237,6 @@ def heads(c: dict[str, Any], bias: bool = True) -> dict[str, Any]:
     }
 
 
-def one_mixer(config: ZooConfig) -> Any:
-    """The mixer that all layers have. Raises ExportError where two differ."""
-    mixers = [layer.mixer for layer in config.spec.layers]
-    for i, mixer in enumerate(mixers):
-        if mixer != mixers[0]:
-            raise ExportError(f"the mixer of layer {i} differs from that of layer 0")
-    return mixers[0]
-
-
 @register_family
 class Longformer(Encoder):
     """arXiv:2004.05150; allenai/longformer-*-4096."""
@@ -376,7 +367,7 @@ class Nystromformer(Encoder):
         return [options] * c["num_hidden_layers"]
 
     def mixer_options(self, config: ZooConfig) -> dict[str, Any]:
-        mixer, longest = one_mixer(config), config.max_position_embeddings
+        mixer, longest = one_layer(config).mixer, config.max_position_embeddings
         if mixer.skip_taps is None:
             raise ExportError("its layers have no convolution of the values, which the class always has")
         everything = mixer.landmarks >= longest

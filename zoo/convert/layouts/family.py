@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from zoo.config import ZooConfig
+from zoo.config import LayerSpec, ZooConfig
 from zoo.convert.layouts.files import Checkpoint, open_checkpoint
 from zoo.convert.layouts.mapping import Entry
 from zoo.errors import CheckpointError, ConfigError, ExportError
@@ -151,6 +151,15 @@ def open_any(path: Path, layout: str | None) -> Checkpoint:
     if layout is not None and all(family.own_format for family in families(layout)):
         raise CheckpointError(f"{path}: not {families(layout)[0].own_format}")
     return open_checkpoint(path)
+
+
+def one_layer(config: ZooConfig) -> LayerSpec:
+    """The layer that all layers are like. Raises ExportError, with the first that is not."""
+    layers = config.spec.layers
+    for i, layer in enumerate(layers):
+        if layer != layers[0]:
+            raise ExportError(f"layers.{i}: differs from layer 0, and all layers of the layout's class are alike")
+    return layers[0]
 
 
 def difference(config: ZooConfig, again: ZooConfig, inert: tuple[str, ...] = ()) -> str | None:

@@ -10,8 +10,8 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from zoo.config import LayerSpec, ZooConfig
-from zoo.convert.layouts.family import Family, register_family
+from zoo.config import ZooConfig
+from zoo.convert.layouts.family import Family, one_layer, register_family
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mapping import Entry, depthwise, initial, same
 from zoo.errors import CheckpointError, ExportError
@@ -151,15 +151,6 @@ class FlaFamily(Family):
 
 def _any_block(checkpoint: Checkpoint) -> bool:
     return "model.embeddings.weight" in checkpoint.shapes
-
-
-def one_layer(config: ZooConfig) -> LayerSpec:
-    """The layer that all layers are like. Raises ExportError where they differ."""
-    layers = config.spec.layers
-    for i, layer in enumerate(layers):
-        if layer != layers[0]:
-            raise ExportError(f"layers.{i}: differs from layer 0, and all layers of fla's class are alike")
-    return layers[0]
 
 
 def ratio(size: int, width: int) -> float:

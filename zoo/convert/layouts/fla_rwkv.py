@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from zoo.config import ZooConfig
-from zoo.convert.layouts.family import register_family
-from zoo.convert.layouts.fla import FlaFamily, one_layer, ratio
+from zoo.convert.layouts.family import one_layer, register_family
+from zoo.convert.layouts.fla import FlaFamily, ratio
 from zoo.convert.layouts.mapping import Entry, initial, mapped, rows, same, shaped
 from zoo.errors import CheckpointError, ExportError
 

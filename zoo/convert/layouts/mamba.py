@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from zoo.config import ZooConfig
-from zoo.convert.layouts.family import Family, register_family
+from zoo.convert.layouts.family import Family, one_layer, register_family
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mapping import Entry, depthwise, same
 from zoo.errors import CheckpointError, ExportError
@@ -56,10 +56,7 @@ class _Mamba(Family):
 
 def one_mixer(config: ZooConfig) -> Any:
     """The options of the mixers of a model whose layers are all alike, with all sizes. Raises ExportError."""
-    layers = config.spec.layers
-    if any(layer != layers[0] for layer in layers):
-        raise ExportError("its layers differ from each other")
-    return layers[0].mixer.resolved(config.hidden_size)
+    return one_layer(config).mixer.resolved(config.hidden_size)
 
 
 def _expand(mixer: MambaConfig, config: ZooConfig) -> int | float:

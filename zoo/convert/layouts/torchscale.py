@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from zoo.config import ZooConfig
-from zoo.convert.layouts.family import Family, register_family
+from zoo.convert.layouts.family import Family, one_layer, register_family
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mapping import Entry, initial, same
 from zoo.errors import CheckpointError, ExportError
@@ -94,10 +94,10 @@ class TorchscaleRetNet(Family):
         return ("retnet_rel_pos.angle", "retnet_rel_pos.decay")
 
     def config(self, config: ZooConfig) -> dict[str, Any]:
-        layers = config.spec.layers
-        if any(layer != layers[0] for layer in layers) or layers[0].ffn is None or layers[0].ffn.name != "gated_mlp":
-            raise ExportError("layers: all are alike in torchscale, with a gated MLP each")
-        mixer, ffn = layers[0].mixer, layers[0].ffn.resolved(config.hidden_size)
+        layer = one_layer(config)
+        if layer.ffn is None or layer.ffn.name != "gated_mlp":
+            raise ExportError("layers.0.ffn: each layer has a gated_mlp in torchscale")
+        mixer, ffn = layer.mixer, layer.ffn.resolved(config.hidden_size)
         activation = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}.get(ffn.activation)
         if activation is None:
             raise ExportError(f"layers.0.ffn.activation: {ffn.activation!r}, which the layout has not")
@@ -108,7 +108,7 @@ class TorchscaleRetNet(Family):
             "decoder_value_embed_dim": mixer.num_heads * mixer.value_dim,
             "decoder_retention_heads": mixer.num_heads,
             "decoder_ffn_embed_dim": ffn.hidden_size,
-            "decoder_layers": len(layers),
+            "decoder_layers": config.num_hidden_layers,
             "activation_fn": activation,
             "layernorm_eps": config.norm_eps,
             "share_decoder_input_output_embed": config.tie_word_embeddings,
