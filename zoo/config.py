@@ -252,7 +252,8 @@ class ModelSpec(Options):
     max_position_embeddings: int = Field(2048, ge=1, le=1 << 27)
     layers: list[Any] = Field(default_factory=_default_layers, min_length=1, max_length=MAX_LAYERS)
     block: Literal["pre_norm", "post_norm", "output_norm", "parallel", "reversible"] = "pre_norm"
-    norm: Literal["rms_norm", "layer_norm", "no_norm"] = "rms_norm"  # no_norm: a scale and a shift a channel
+    # no_norm: a scale and a shift a channel
+    norm: Literal["rms_norm", "layer_norm", "no_norm", "zero_centered_rms_norm"] = "rms_norm"
     norm_eps: float = Field(1e-5, gt=0, le=1)
     final_norm: bool = True
     positions: Literal["none", "learned"] = "none"  # rotary positions are an option of the mixers

@@ -8,6 +8,7 @@ shorter ones goes through another kernel (27 GB/s).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -45,6 +46,21 @@ def matvec(x: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor
     y_PEM = torch.bmm(weight_ED.view(PIECES, E // PIECES, D), rows_MD.T.expand(PIECES, D, len(rows_MD)))
     y = y_PEM.view(E, -1).T.reshape(*x.shape[:-1], E)
     return y if bias_E is None else y + bias_E
+
+
+class ZeroCenteredRMSNorm(nn.RMSNorm):
+    """RMSNorm that multiplies by 1 + weight, so that weight decay draws it to the plain norm (Qwen3-Next, 2025).
+
+    Computed in at least float32: a small weight beside the 1 would be lost in less. The input's dtype comes back.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.normalized_shape, 1 + self.weight.to(wide), self.eps).to(x.dtype)
+
+    def reset_parameters(self, std: float = 0.0) -> None:
+        """The plain norm."""
+        init.zeros_(self.weight)
 
 
 class NoNorm(nn.Module):

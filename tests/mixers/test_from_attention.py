@@ -56,6 +56,26 @@ def test_attention_is_copied_exactly(teacher):
     assert relative_error(convert(teacher, "attention"), teacher) < 1e-6
 
 
+@pytest.mark.parametrize("gate_bias", [True, False])
+def test_attention_with_a_sigmoid_gate_starts_as_attention(teacher, gate_bias):
+    options = {"gate": True, "gate_activation": "sigmoid", "gate_bias": gate_bias, "qk_norm_zero_centered": True}
+    student = convert(teacher, "attention", **options)
+    assert relative_error(student, teacher) < 1e-6
+    with torch.no_grad():
+        student.g_proj.weight.normal_()
+    assert relative_error(student, teacher) > 0.1
+    with pytest.raises(ConversionError, match="attention with gate: True cannot be converted"):
+        student.attention_weights()
+
+
+def test_a_zero_centered_norm_is_copied_as_what_it_multiplies_with(teacher):
+    student = convert(teacher, "attention", qk_norm_zero_centered=True)
+    torch.testing.assert_close(student.q_norm.weight, teacher.q_norm.weight - 1)
+    assert relative_error(convert(student, "attention"), teacher) < 1e-6
+    with pytest.raises(ConfigError, match="qk_norm_span must be 'head'"):
+        convert(teacher, "attention", qk_norm_zero_centered=True, qk_norm_span="all")
+
+
 @pytest.mark.parametrize("stats", [STATS, None], ids=["measured", "no statistics"])
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_windowed_linear_starts_at_the_window(teacher, branch, stats):

@@ -22,6 +22,9 @@ BRANCHES = [name for name in list_mixers() if _can_be_branch(mixer_class(name))]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "attention with a window": {"name": "attention", "window": 6, "qk_norm": True, "rotary": {"theta": 100.0}},
+    "attention with a sigmoid gate": {
+        "name": "attention", "gate": True, "gate_activation": "sigmoid", "qk_norm": True, "qk_norm_zero_centered": True,
+    },
     "window of one, no sinks": {"name": "sliding_window", "window": 1, "sinks": 0},
     "window longer than the text": {"name": "sliding_window", "window": 200, "sinks": 3},
     "more sinks than window": {"name": "sliding_window", "window": 2, "sinks": 7, "rotary": {"theta": 100.0}},

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from zoo.convert.layouts.qwen3_next import delta_net_entries
 from zoo.mixers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from zoo.mixers.gated_linear_attention import GatedLinearAttention, GatedLinearAttentionConfig
 from zoo.mixers.linear_attention import LinearAttention, LinearAttentionConfig
@@ -96,15 +97,10 @@ def test_gated_delta_net_is_qwen3_next():
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    q, k, v, z = theirs.in_proj_qkvz.weight.view(G, -1, D).split([K, K, H // G * V, H // G * V], 1)
-    b, a = theirs.in_proj_ba.weight.view(G, -1, D).split([H // G, H // G], 1)
-    qc, kc, vc = theirs.conv1d.weight[:, 0].split([G * K, G * K, H * V])
-    ours = load(
-        GatedDeltaNet(GatedDeltaNetConfig(num_heads=H, num_groups=G, head_dim=K, value_head_dim=V), D),
-        **{f"{n}_proj.weight": w.reshape(-1, D) for n, w in {"q": q, "k": k, "v": v, "g": z, "a": a, "b": b}.items()},
-        **{"q_conv.weight": qc, "k_conv.weight": kc, "v_conv.weight": vc, "A_log": theirs.A_log},
-        **{"dt_bias": theirs.dt_bias, "head_norm.weight": theirs.norm.weight, "o_proj.weight": theirs.out_proj.weight},
-    )
+    options = GatedDeltaNetConfig(num_heads=H, num_groups=G, head_dim=K, value_head_dim=V)
+    weights = theirs.state_dict()
+    entries = [(e.ours, e.read([weights[name] for name in e.theirs])) for e in delta_net_entries(options, "", "")]
+    ours = load(GatedDeltaNet(options, D), **{n: t for names, ts in entries for n, t in zip(names, ts, strict=True)})
     x_BLD = torch.randn(2, L, D)
     with torch.no_grad():
         close(ours(x_BLD)[0], theirs(x_BLD))

@@ -3,21 +3,23 @@
     y_t = sum_{s <= t} softmax_s(scale * q_t . k_s) v_s
 
 Multi-head, grouped-query (Ainslie et al. 2023) and multi-query (Shazeer 2019) attention differ in `num_kv_heads` only.
-Rotary positions, QK-norm, biases and a window are options. The state is the keys and values of all positions: it grows
-by 2 * num_kv_heads * head_dim numbers a token. Conversion from attention is a copy.
+Rotary positions, QK-norm, biases, a window and an output gate (a sigmoid in Qwen3-Next, 2025) are options. The state
+is the keys and values of all positions: it grows by 2 * num_kv_heads * head_dim numbers a token. Conversion from
+attention is a copy.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from zoo import ops
 from zoo.errors import ConversionError
-from zoo.mixers.base import AttentionWeights, State, Traits
+from zoo.linear import ZeroCenteredRMSNorm
+from zoo.mixers.base import AttentionStats, AttentionWeights, State, Traits
 from zoo.mixers.qkv import HeadNorm, Inputs, QKVMixer, QKVOptions
 from zoo.registry import register_mixer
 
@@ -26,12 +28,20 @@ class AttentionConfig(QKVOptions):
     """Options of `attention`.
 
     window: a position sees itself and the `window - 1` before it. qk_norm_span: a QK-norm is over each head, or over
-    all heads as one vector (OLMo-2, OLMoE).
+    all heads as one vector (OLMo-2, OLMoE); zero_centered: it multiplies by 1 + weight (Qwen3-Next).
     """
 
     name: Literal["attention"] = "attention"
     window: int | None = Field(None, ge=1, le=1 << 27)
     qk_norm_span: Literal["head", "all"] = "head"
+    qk_norm_zero_centered: bool = False
+    gate_activation: Literal["silu", "sigmoid"] = "silu"
+
+    @model_validator(mode="after")
+    def _one_norm(self) -> Self:
+        if self.qk_norm_zero_centered and self.qk_norm_span == "all":
+            raise ValueError("qk_norm_zero_centered is of norms of each head: qk_norm_span must be 'head'")
+        return self
 
 
 class AllHeadsNorm(HeadNorm):
@@ -56,6 +66,9 @@ class Attention(QKVMixer):
         if own_projections and config.qk_norm and config.qk_norm_span == "all":
             self.q_norm = AllHeadsNorm(config.num_heads * config.head_dim, eps=config.qk_norm_eps)
             self.k_norm = AllHeadsNorm(config.kv_heads * config.head_dim, eps=config.qk_norm_eps)
+        if own_projections and config.qk_norm and config.qk_norm_zero_centered:
+            self.q_norm = ZeroCenteredRMSNorm(config.head_dim, eps=config.qk_norm_eps)  # type: ignore[assignment]
+            self.k_norm = ZeroCenteredRMSNorm(config.head_dim, eps=config.qk_norm_eps)  # type: ignore[assignment]
 
     def mix(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         mask_BS, tensors = inputs.mask_BL, {}
@@ -83,9 +96,22 @@ class Attention(QKVMixer):
             "v": torch.empty(batch_size, c.kv_heads, 0, c.value_dim, device=device, dtype=dtype),
         }
 
+    def activate_gate(self, gate: Tensor) -> Tensor:
+        return gate.sigmoid() if self.config.gate_activation == "sigmoid" else super().activate_gate(gate)
+
     @classmethod
     def conversion_defaults(cls, attention: AttentionWeights) -> dict[str, Any]:
         return {"window": attention.window}
+
+    def start_from(self, attention: AttentionWeights, stats: AttentionStats | None) -> None:
+        c = self.config
+        if c.qk_norm and c.qk_norm_zero_centered:
+            self.q_norm.weight.sub_(1)
+            self.k_norm.weight.sub_(1)
+        if c.gate and c.gate_activation == "sigmoid":  # half open everywhere, and twice what goes through
+            if self.g_proj.bias is not None:
+                self.g_proj.bias.zero_()
+            self.o_proj.weight.mul_(2)
 
     def attention_weights(self) -> AttentionWeights:
         """This layer as numbers, for the `from_attention` of another mixer."""
@@ -94,7 +120,12 @@ class Attention(QKVMixer):
             raise ConversionError(
                 "attention with qk_norm_span: all cannot be converted: other mixers norm head by head"
             )
+        if wrong := [key for key in ("gate", "conv", "head_norm") if getattr(c, key)]:
+            raise ConversionError(f"attention with {wrong[0]}: {getattr(c, wrong[0])} cannot be converted")
         biases = {n: None if (b := getattr(self, f"{n}_proj").bias) is None else b.detach() for n in "qkvo"}
+        qk_norm = (self.q_norm.weight.detach(), self.k_norm.weight.detach()) if c.qk_norm else None
+        if qk_norm is not None and c.qk_norm_zero_centered:
+            qk_norm = (1 + qk_norm[0], 1 + qk_norm[1])
         return AttentionWeights(
             q_HKD=self.q_proj.weight.detach(),
             k_GKD=self.k_proj.weight.detach(),
@@ -109,7 +140,7 @@ class Attention(QKVMixer):
             head_dim=c.head_dim,
             value_head_dim=c.value_dim,
             rotary=c.rotary,
-            qk_norm=(self.q_norm.weight.detach(), self.k_norm.weight.detach()) if c.qk_norm else None,
+            qk_norm=qk_norm,
             qk_norm_eps=c.qk_norm_eps,
             scale=c.softmax_scale,
             causal=c.causal,

@@ -92,15 +92,8 @@ class KimiDeltaAttention(RecurrentMixer):
         )
         return y_BHLV, {} if last is None else {"kv": last}
 
-    def finish(self, y_BHLV: Tensor, x_BLD: Tensor) -> Tensor:
-        """Head norm, sigmoid gate and output projection."""
-        y_BLHV = y_BHLV.transpose(1, 2)
-        if self.config.head_norm:
-            y_BLHV = self.head_norm(y_BLHV)
-        y_BLE = y_BLHV.flatten(-2)
-        if self.config.gate:
-            y_BLE = y_BLE * self.g_proj(x_BLD).sigmoid()
-        return self.o_proj(y_BLE)
+    def activate_gate(self, gate: Tensor) -> Tensor:
+        return gate.sigmoid()
 
     def reset_parameters(self, std: float) -> None:
         """A uniform in [1, 16] per head, steps log-uniform in [0.001, 0.1] per channel."""

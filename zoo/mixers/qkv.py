@@ -3,7 +3,7 @@
 q, k, v = conv(x W_q), conv(x W_k), conv(x W_v)        conv: optional short causal convolution + SiLU
 q, k    = rotary(norm(q)), rotary(norm(k))             norm: optional RMSNorm per head; rotary: optional
 y       = mix(q, k, v)                                 the architecture itself: the only method a subclass must write
-out     = (norm(y) * silu(x W_g)) W_o                  head norm and gate: optional
+out     = (norm(y) * silu(x W_g)) W_o                  head norm and gate: optional; some gates are sigmoids
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from zoo.ops.rotary import RotaryConfig, apply_rotary, rotary_tables
 SILU_ONE = 1.278464542761074  # silu(SILU_ONE) == 1: a gate with this bias and no weight is open
 # Options that say nothing where another one is off.
 _BESIDE = {
-    "qk_norm": ("qk_norm_eps",),
+    "qk_norm": ("qk_norm_eps", "qk_norm_span", "qk_norm_zero_centered"),
     "conv": ("conv_bias",),
     "head_norm": ("head_norm_affine", "head_norm_eps"),
-    "gate": ("gate_bias",),
+    "gate": ("gate_bias", "gate_activation"),
 }
 
 
@@ -75,7 +75,7 @@ class QKVOptions(MixerOptions):
         fields = type(self).model_fields
         for needed, keys in _BESIDE.items():
             if not getattr(self, needed):
-                told |= {key: fields[key].default for key in keys}
+                told |= {key: fields[key].default for key in keys if key in fields}
         if self.rotary is not None and self.rotary.dim == self.head_dim:
             told["rotary"] = self.rotary.model_copy(update={"dim": None})
         return self.model_copy(update=told)
@@ -245,8 +245,12 @@ class QKVMixer(SequenceMixer):
             y_BLHV = self.head_norm(y_BLHV)
         y_BLE = y_BLHV.flatten(-2)
         if self.config.gate:
-            y_BLE = y_BLE * F.silu(self.g_proj(x_BLD))
+            y_BLE = y_BLE * self.activate_gate(self.g_proj(x_BLD))
         return self.o_proj(y_BLE)
+
+    def activate_gate(self, gate: Tensor) -> Tensor:
+        """What the output is multiplied with, of the gate's projection."""
+        return F.silu(gate)
 
     def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> State:
         weight = self.o_proj.weight

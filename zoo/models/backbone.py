@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from zoo.config import LayerSpec, ModelSpec, ZooConfig
 from zoo.errors import ConfigError, TraitError
 from zoo.ffn.base import ChannelMixer
-from zoo.linear import Linear, NoNorm
+from zoo.linear import Linear, NoNorm, ZeroCenteredRMSNorm
 from zoo.mixers.base import SequenceMixer, State
 from zoo.models.axial import axial_positions
 from zoo.models.images import PatchEmbedding
@@ -40,7 +40,8 @@ from zoo.registry import ffn_class, mixer_class
 
 def make_norm(spec: ModelSpec, size: int | None = None) -> nn.Module:
     """The norm a model's config names, of `hidden_size` channels unless told."""
-    cls: Any = {"rms_norm": nn.RMSNorm, "layer_norm": nn.LayerNorm, "no_norm": NoNorm}[spec.norm]
+    norms: dict[str, Any] = {"rms_norm": nn.RMSNorm, "layer_norm": nn.LayerNorm, "no_norm": NoNorm}
+    cls = {**norms, "zero_centered_rms_norm": ZeroCenteredRMSNorm}[spec.norm]
     return cls(size or spec.hidden_size, eps=spec.norm_eps)
 
 
@@ -178,7 +179,7 @@ class ZooPreTrainedModel(Saving, PreTrainedModel):  # type: ignore[misc]
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, nn.RMSNorm | nn.LayerNorm):
+        if isinstance(module, nn.RMSNorm | nn.LayerNorm) and not isinstance(module, ZeroCenteredRMSNorm):
             if module.weight is not None:
                 init.ones_(module.weight)
             if isinstance(bias := getattr(module, "bias", None), Tensor):

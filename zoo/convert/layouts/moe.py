@@ -1,4 +1,4 @@
-"""Decoders with experts, of transformers: Mixtral, OLMoE, Qwen2-MoE.
+"""Decoders with experts, of transformers: Mixtral, OLMoE, Qwen2-MoE; and what others have in common with them.
 
 Published files have a tensor for each matrix of each expert. transformers 5 stacks them when it loads and takes them
 apart again when it saves; a state dict saved from memory has the stacks (`experts.gate_up_proj`). Both are read, the
@@ -31,17 +31,19 @@ _DEFAULTS: dict[str, Any] = {
 class ExpertDecoder(Family):
     """What they have in common: Llama's layers, with experts in place of some or all MLPs.
 
-    place: of the experts in a layer. experts: theirs -> ours, of the three matrices of an expert. defaults, only: of
-    their config's options. router: their option of the loss that balances.
+    place: of the experts in a layer. experts: theirs -> ours, of the three matrices of an expert. shared: the name of
+    the shared ones. defaults, only: of their config's options. norm: ours.
     """
 
     layout = "transformers"
-    mixers = ("attention",)
+    mixers: ClassVar[tuple[str, ...]] = ("attention",)
     inert = ("z_loss", "init_scale")  # a loss of training that the classes have not, and how weights are drawn
     root = "model."
     architecture: ClassVar[str]
     place: ClassVar[str] = "mlp."
     experts: ClassVar[dict[str, str]] = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+    shared: ClassVar[str] = "shared_expert"
+    norm: ClassVar[str] = "rms_norm"
     defaults: ClassVar[dict[str, Any]]
     only: ClassVar[dict[str, Any]] = {}
 
@@ -65,6 +67,18 @@ class ExpertDecoder(Family):
         """What the attention of layer i has beside heads and positions."""
         raise NotImplementedError
 
+    def mixer(self, c: dict[str, Any], i: int) -> dict[str, Any]:
+        """The sequence mixer of layer i."""
+        head_dim = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
+        return {
+            "name": "attention",
+            "num_heads": c["num_attention_heads"],
+            "num_kv_heads": c["num_key_value_heads"] or c["num_attention_heads"],
+            "head_dim": head_dim,
+            "rotary": read_rope(c, head_dim, theta=self.defaults.get("rope_theta", 10000.0)),
+            **self.attention(c, i),
+        }
+
     def ffn(self, c: dict[str, Any], i: int) -> dict[str, Any]:
         """The channel mixer of layer i."""
         raise NotImplementedError
@@ -81,22 +95,12 @@ class ExpertDecoder(Family):
         named = (c.get("architectures") or [self.architecture])[0]
         if named != self.architecture:
             raise CheckpointError(f"{checkpoint.path}: architectures.0 is {named!r}; supported: {self.architecture}")
-        head_dim = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
-        heads = {
-            "name": "attention",
-            "num_heads": c["num_attention_heads"],
-            "num_kv_heads": c["num_key_value_heads"] or c["num_attention_heads"],
-            "head_dim": head_dim,
-            "rotary": read_rope(c, head_dim, theta=self.defaults.get("rope_theta", 10000.0)),
-        }
-        layers = [
-            {"mixer": {**heads, **self.attention(c, i)}, "ffn": self.ffn(c, i)} for i in range(c["num_hidden_layers"])
-        ]
         return {
             "vocab_size": c["vocab_size"],
             "hidden_size": c["hidden_size"],
             "max_position_embeddings": c["max_position_embeddings"],
-            "layers": layers,
+            "layers": [{"mixer": self.mixer(c, i), "ffn": self.ffn(c, i)} for i in range(c["num_hidden_layers"])],
+            "norm": self.norm,
             "norm_eps": c["rms_norm_eps"],
             "tie_word_embeddings": c["tie_word_embeddings"],
             "initializer_range": c["initializer_range"],
@@ -108,26 +112,39 @@ class ExpertDecoder(Family):
         moe = next((layer.ffn for layer in spec.layers if layer.ffn is not None and layer.ffn.name == "moe"), None)
         if moe is None:
             raise ExportError("has no layer without experts only: the model has none")
-        mixer = spec.layers[0].mixer
+        return {
+            **self.common(config),
+            "hidden_act": moe.activation,
+            "num_experts_per_tok": moe.top_k,
+            "router_aux_loss_coef": moe.balance_loss,
+            **self.heads(config),
+            **self.options(config, moe),
+        }
+
+    def heads(self, config: ZooConfig) -> dict[str, Any]:
+        """Their options of heads and positions."""
+        mixer = config.spec.layers[0].mixer
+        return {
+            "num_attention_heads": mixer.num_heads,
+            "num_key_value_heads": mixer.num_kv_heads or mixer.num_heads,
+            "head_dim": mixer.head_dim,
+            "rope_parameters": write_rope(mixer.rotary, mixer.head_dim),
+        }
+
+    def common(self, config: ZooConfig) -> dict[str, Any]:
+        """Their options that say nothing of mixers."""
+        spec = config.spec
         return {
             "architectures": [self.architecture],
             "model_type": self.name,
             "vocab_size": spec.vocab_size,
             "hidden_size": spec.hidden_size,
             "num_hidden_layers": len(spec.layers),
-            "num_attention_heads": mixer.num_heads,
-            "num_key_value_heads": mixer.num_kv_heads or mixer.num_heads,
-            "head_dim": mixer.head_dim,
             "max_position_embeddings": spec.max_position_embeddings,
-            "rope_parameters": write_rope(mixer.rotary, mixer.head_dim),
             "rms_norm_eps": spec.norm_eps,
-            "hidden_act": moe.activation,
             "initializer_range": spec.initializer_range,
             "tie_word_embeddings": spec.tie_word_embeddings,
-            "num_experts_per_tok": moe.top_k,
-            "router_aux_loss_coef": moe.balance_loss,
             **{key: getattr(config, key) for key in TOKEN_IDS},
-            **self.options(config, moe),
         }
 
     # --- tensors --------------------------------------------------------------------------------------------------
@@ -141,15 +158,10 @@ class ExpertDecoder(Family):
     def _entries(self, config: ZooConfig, fused: bool) -> Iterator[Entry]:
         yield from pairs("model.", "model.", {"embed_tokens": "embed_tokens", "norm": "norm"})
         for i, layer in enumerate(config.spec.layers):
-            theirs, ours, mixer = f"model.layers.{i}.", f"model.layers.{i}.", layer.mixer
+            theirs = ours = f"model.layers.{i}."
             norms = {"input_layernorm": "mixer_norm", "post_attention_layernorm": "ffn_norm"}
             yield from pairs(theirs, ours, norms)
-            names = {f"self_attn.{letter}_proj": f"mixer.{letter}_proj" for letter in "qkvo"}
-            for name, mine in names.items():
-                biased = mixer.out_bias if mine.endswith("o_proj") else mixer.qkv_bias
-                yield from pairs(theirs, ours, {name: mine}, ("weight", "bias") if biased else ("weight",))
-            if mixer.qk_norm:
-                yield from pairs(theirs, ours, {f"self_attn.{letter}_norm": f"mixer.{letter}_norm" for letter in "qk"})
+            yield from self.mixer_entries(layer.mixer, theirs, f"{ours}mixer.")
             if layer.ffn.name == "moe":
                 yield from self._experts(layer.ffn, theirs + self.place, f"{ours}ffn.", fused)
             else:
@@ -157,6 +169,16 @@ class ExpertDecoder(Family):
                 yield from pairs(theirs, ours, dense)
         if not config.tie_word_embeddings:
             yield same("lm_head.weight", "lm_head.weight")
+
+    def mixer_entries(self, mixer: Any, theirs: str, ours: str) -> Iterator[Entry]:
+        """Those of the sequence mixer of a layer."""
+        theirs += "self_attn."
+        for letter in "qkvo":
+            biased = mixer.out_bias if letter == "o" else mixer.qkv_bias
+            name = f"{letter}_proj"
+            yield from pairs(theirs, ours, {name: name}, ("weight", "bias") if biased else ("weight",))
+        if mixer.qk_norm:
+            yield from pairs(theirs, ours, {"q_norm": "q_norm", "k_norm": "k_norm"})
 
     def _experts(self, moe: Any, theirs: str, ours: str, fused: bool) -> Iterator[Entry]:
         yield same(f"{theirs}gate.weight", f"{ours}router.weight")
@@ -168,7 +190,7 @@ class ExpertDecoder(Family):
                 each = [f"{theirs}experts.{e}.{name}.weight" for e in range(moe.num_experts)]
                 yield each_transposed(each, f"{ours}experts.{mine}_EIO")
         if moe.shared_size is not None:
-            names = {f"shared_expert.{n}": f"shared.{n}" for n in ("gate_proj", "up_proj", "down_proj")}
+            names = {f"{self.shared}.{n}": f"shared.{n}" for n in ("gate_proj", "up_proj", "down_proj")}
             yield from pairs(theirs, ours, names)
         if moe.shared_gate:
             yield same(f"{theirs}shared_expert_gate.weight", f"{ours}shared_gate.weight")
