@@ -90,7 +90,7 @@ def verify_card(folder: str | Path) -> None:
     score = read_score(folder)
     check_weights(folder, score, needed=True)
     if not (folder / CARD).is_file():
-        raise DataError(f"{folder}: no {CARD} in it; {again}")
+        raise DataError(f"{folder}: no {CARD} in it; write it: zoo card {shlex.quote(str(folder))}")
     facts = CardFile.load(folder).facts()
     text, results = card_text(folder, score, facts), eval_results(score, facts)
     if (line := _first_difference(_read(folder / CARD), text)) is not None:

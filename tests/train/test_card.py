@@ -331,7 +331,7 @@ def test_results_of_a_benchmark_lie_in_their_folder(model):
 
 
 def test_what_is_missing_is_said_with_the_command_that_makes_it(model, tmp_path):
-    with pytest.raises(DataError, match=r"no README.md in it; write it again: zoo card"):
+    with pytest.raises(DataError, match=r"no README.md in it; write it: zoo card"):
         verify_card(model)
     (model / "README.md").write_text("# Mine\n")
     with pytest.raises(CheckpointError, match="was not written by zoo card"):
