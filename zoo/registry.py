@@ -32,7 +32,7 @@ class Pretrained(Options):
 
     licence: as SPDX abbreviates it, or what their authors call theirs. parameters: how many there are. tokenizer: the
     repository of the tokenizer, where it is not beside the weights. file: the file of weights, where it does not have
-    the usual name. revision: a branch, a tag or a commit.
+    the usual name. revision: the full sha of the commit that is meant; None: what is newest.
     """
 
     repo: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$", max_length=96)
@@ -40,7 +40,7 @@ class Pretrained(Options):
     licence: str = Field(min_length=2)
     paper: str = Field(pattern=r"^https://\S+$")
     parameters: int = Field(ge=1)
-    revision: str | None = Field(None, pattern=r"^[\w./-]+$")
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
     tokenizer: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
     file: str | None = Field(None, pattern=r"^[\w.-]+$")
 
@@ -261,6 +261,15 @@ def model_entry(name: str) -> ModelEntry:
             return _MODELS[stem]
         raise unknown_name(f"tag of {stem}", tag, _MODELS[stem].tags)
     raise unknown_name("model", name, [*_MODELS, *_DEPRECATED])
+
+
+def tag_of(name: str) -> Pretrained | None:
+    """The published weights behind a ``name.tag``; None for any other text. Raises UnknownNameError for another tag."""
+    _load_all()
+    if name in _MODELS or name.rpartition(".")[0] not in _MODELS:
+        return None
+    entry = model_entry(name)
+    return entry.tags[name[len(entry.name) + 1 :]]
 
 
 def model_config(name: str, **overrides: Any) -> ZooConfig:

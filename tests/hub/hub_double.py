@@ -48,8 +48,8 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, files: dict[str, Blob], message: str, branch: str = "main") -> str:
-        sha = hashlib.sha1(f"{len(self.commits)} {message} {sorted(files)}".encode()).hexdigest()
+    def commit(self, files: dict[str, Blob], message: str, branch: str = "main", sha: str | None = None) -> str:
+        sha = sha or hashlib.sha1(f"{len(self.commits)} {message} {sorted(files)}".encode()).hexdigest()
         self.commits[sha], self.branches[branch] = files, sha
         self.messages.append(message)
         return sha
@@ -111,11 +111,13 @@ class HubDouble:
     def count(self, method: str, path: str) -> int:
         return sum(m == method and bool(re.search(path, p)) for m, p, _, _ in self.requests)
 
-    def publish(self, name: str, files: dict[str, bytes], private: bool = False, gated: bool = False) -> str:
-        """Put a commit there without a push; its sha."""
+    def publish(
+        self, name: str, files: dict[str, bytes], private: bool = False, gated: bool = False, sha: str | None = None
+    ) -> str:
+        """Put a commit there without a push; its sha, which can be chosen."""
         repo = self.repos.setdefault(name, Repo(private=private, gated=gated))
         blobs = {path: Blob(data, len(data) >= LFS_FROM) for path, data in files.items()}
-        return repo.commit(blobs, "published")
+        return repo.commit(blobs, "published", sha=sha)
 
     def publish_folder(self, name: str, folder, **how: bool) -> str:
         """The files of a folder as a commit."""

@@ -8,10 +8,12 @@ import importlib.util
 import pytest
 import torch
 from peers import PEERS, Peer
+from typer.testing import CliRunner
 
 import zoo
 from zoo import registry
 from zoo.cli.list import _pretrained
+from zoo.cli.main import app
 from zoo.convert.layouts import export_model, list_layouts
 from zoo.convert.layouts.api import family_for
 from zoo.errors import CheckpointError, ConfigError, ExportError, HubError
@@ -68,9 +70,9 @@ def test_a_tag_gives_the_model_of_its_repository(hub, checkpoints, tmp_path, nam
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     if source.file is not None:
         files[source.file] = files.pop(peer.file)
-    sha = hub.publish(source.repo, {**files, "stray.bin": b"x" * 2000})
+    sha = hub.publish(source.repo, {**files, "stray.bin": b"x" * 2000}, sha=source.revision)
     if source.revision is not None:
-        hub.repos[source.repo].tags[source.revision] = sha
+        hub.publish(source.repo, {"config.json": b"{}"})  # what came later is not asked for
     if source.tokenizer is not None:
         small_tokenizer().save_pretrained(tmp_path)
         hub.publish_folder(source.tokenizer, tmp_path)
@@ -117,6 +119,31 @@ def test_by_tag_and_by_first_tag(hub, tagged, logits):
     assert hub.count("GET", "a/bytes/resolve/.*safetensors") == 0
     half = zoo.create_model("tagged-tiny", pretrained=True, dtype=torch.bfloat16, **hub.nobody)
     assert half.dtype == torch.bfloat16
+
+
+def test_a_tag_that_means_a_commit(hub, tagged, logits, monkeypatch, tmp_path):
+    """`revision` of a tag is asked for by create_model and `zoo import`, and recorded; another one can be asked for."""
+    old, new = hub.repos["a/one"].branches["main"], hub.publish("a/one", {"config.json": b"{}"})
+    facts = registry._MODELS["tagged-tiny"].tags["one"].plain()
+    register_model("pinned-tiny", model_entry("mamba-tiny").config, tags={"then": {**facts, "revision": old}})
+    model = zoo.create_model("pinned-tiny.then", pretrained=True, **hub.nobody)
+    assert model.config.origin["hub"] == {"repo": "a/one", "revision": old}
+    assert torch.equal(logits(model), logits(tagged))
+    assert hub.count("GET", f"a/one/resolve/{old}/") > 0
+    assert hub.count("GET", f"a/one/resolve/{new}/") == 0
+    with pytest.raises(CheckpointError):
+        zoo.create_model("pinned-tiny.then", pretrained=True, revision="main", **hub.nobody)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    made = CliRunner().invoke(app, ["import", "pinned-tiny.then", "--out", str(tmp_path / "imported")])
+    assert made.exit_code == 0, made.output
+    imported = zoo.create_model(str(tmp_path / "imported"))
+    assert imported.config.origin["hub"] == {"repo": "a/one", "revision": old}
+    assert torch.equal(logits(imported), logits(tagged))
+    refused = CliRunner().invoke(app, ["import", "pinned-tiny.then", "--layout", "fla", "--out", "x"])
+    assert (refused.exit_code, refused.stderr) == (2, "error: --layout: pinned-tiny.then says that itself\n")
+    refused = CliRunner().invoke(app, ["import", "pinned-tiny.than", "--out", "x"])
+    assert refused.exit_code == 2
+    assert "unknown tag of pinned-tiny 'than'; did you mean 'then'" in refused.stderr
 
 
 def test_what_a_tag_does_not_take(hub, tagged):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from zoo.cli.common import JsonOption, only_json_on_stdout, print_json, quiet_libraries, say
 
+if TYPE_CHECKING:
+    from zoo.convert.layouts import Imported
+
 
 def import_(
     checkpoint: Annotated[
         str,
-        typer.Argument(metavar="CHECKPOINT", help="A folder, a file of weights, or a repository, org/name[@revision]."),
+        typer.Argument(metavar="CHECKPOINT", help="A folder, a file, a repository, org/name[@revision], or NAME.TAG."),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the result.")],
     layout: Annotated[
@@ -34,15 +37,12 @@ def import_(
 ) -> None:
     """Read an official checkpoint exactly: names, shapes and options are checked before anything is loaded."""
     with only_json_on_stdout(as_json):
-        from zoo.convert.layouts import import_checkpoint
         from zoo.errors import CheckpointError
 
         quiet_libraries()
         if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
             raise CheckpointError(f"{out}: exists already; --overwrite replaces it")
-        place, came_from = _place(checkpoint, file)
-        found = import_checkpoint(place, layout=layout, dtype=_dtype(dtype), tokenizer=tokenizer)
-        found.model.config.origin = {**found.model.config.origin, **came_from}
+        found = _read(checkpoint, file, _dtype(dtype), layout=layout, tokenizer=tokenizer)
         found.model.save_pretrained(out)
         if found.tokenizer is not None:
             found.tokenizer.save_pretrained(out)
@@ -56,6 +56,25 @@ def import_(
         say(f"saved in {out}, without a tokenizer; next: zoo show {out}")
     else:
         say(f"saved in {out}; next: zoo show {out}, zoo generate {out} --prompt TEXT")
+
+
+def _read(checkpoint: str, file: str | None, dtype: Any, **given: str | None) -> Imported:
+    """What `checkpoint` names: a tag of the registry says all by itself, for anything else `given` is asked."""
+    from zoo.convert.layouts import import_checkpoint
+    from zoo.errors import CheckpointError
+    from zoo.hub.pretrained import import_published
+    from zoo.registry import tag_of
+
+    source = None if Path(checkpoint).exists() else tag_of(checkpoint)
+    if source is None:
+        place, came_from = _place(checkpoint, file)
+        found = import_checkpoint(place, dtype=dtype, **given)
+        found.model.config.origin = {**found.model.config.origin, **came_from}
+        return found
+    for option, value in {"file": file, **given}.items():
+        if value is not None:
+            raise CheckpointError(f"--{option}: {checkpoint} says that itself")
+    return import_published(source, dtype=dtype)
 
 
 def _place(checkpoint: str, file: str | None) -> tuple[Path, dict[str, Any]]:

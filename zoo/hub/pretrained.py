@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ConfigError, did_you_mean
 from zoo.hub.pull import OF_THE_HUB, origin, snapshot
 from zoo.registry import Pretrained
+
+if TYPE_CHECKING:
+    from zoo.convert.layouts import Imported
 
 OPTIONS = ("dtype", "device_map", "revision", *OF_THE_HUB)
 
 
 def load_pretrained(source: Pretrained, **options: Any) -> Any:
     """The model that somebody published, in evaluation mode, with `model.tokenizer` (None where there is none).
+
+    Args and errors are those of `import_published`.
+    """
+    found = import_published(source, **options)
+    found.model.tokenizer = found.tokenizer
+    return found.model
+
+
+def import_published(source: Pretrained, **options: Any) -> Imported:
+    """The checkpoint of a tag, read in its layout.
 
     Only the files that are needed are downloaded. The config's `origin` records layout, repository and full sha.
 
@@ -37,8 +50,6 @@ def load_pretrained(source: Pretrained, **options: Any) -> Any:
         tokenizer = snapshot(source.tokenizer, weights=False, **hub).folder
     place = taken.folder if source.file is None else taken.folder / source.file
     found = import_checkpoint(place, layout=source.layout, tokenizer=tokenizer, **options)
-    model = found.model
-    model.tokenizer = found.tokenizer
-    model.config.origin = {**model.config.origin, **origin(taken)}
-    model.config.name_or_path = source.repo
-    return model
+    found.model.config.origin = {**found.model.config.origin, **origin(taken)}
+    found.model.config.name_or_path = source.repo
+    return found
