@@ -48,7 +48,7 @@ def test_list_mixers(run):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["list", "retnt"], "unknown model 'retnt'; did you mean 'retnet-tiny'"),
+        (["list", "retnet-tny"], "unknown model 'retnet-tny'; did you mean 'retnet-tiny'"),
         (["list", "--mixers", "retntion"], "unknown mixer 'retntion'; did you mean 'retention'"),
         (["list", "--mixer", "gated_delta"], "unknown mixer 'gated_delta'; did you mean 'gated_delta_net'"),
         (["list", "--task", "causal_lm"], "unknown task 'causal_lm'; did you mean 'causal-lm'?"),
