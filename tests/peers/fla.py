@@ -1,5 +1,6 @@
 """flash-linear-attention's folders. Its kernels need a GPU, so each model is evaluated here, token by token, from the
-tensors by their names; RWKV by the functions of tests/peers/rwkv.py, Mamba by transformers' classes.
+tensors by their names; RWKV by the functions of tests/peers/rwkv.py, Mamba by transformers' classes. What the package
+itself computes, in Triton's interpreter, is held in tests/peers/official.
 
 Names and shapes are those that the classes of flash-linear-attention 0.6.0 have (they can be built on a CPU, not run);
 with the package on the path, `test_names_are_those_of_the_package` of tests/convert/layouts/test_fla_names.py compares.

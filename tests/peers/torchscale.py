@@ -1,5 +1,6 @@
 """torchscale's RetNet, evaluated token by token from its tensors. The package's own layer is compared with ours in
-tests/mixers/test_retention.py; names are those of torchscale 0.3.0 (torchscale/architecture/retnet.py)."""
+tests/mixers/test_retention.py, its model in tests/peers/official. Names are those of torchscale 0.3.0
+(torchscale/architecture/retnet.py)."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def logits(w, given):
             )  # fmt: skip
             q, k = (turned(y, w["retnet_rel_pos.angle"]) for y in (q, k))
             fade = w["retnet_rel_pos.decay"].exp()[None, :, None].expand(len(x), H, q.shape[-1])
-            y = fla.rms(fla.recurrence(q, k, v, fade), 1.0) * F.silu(g)
+            sums = fla.recurrence(*[torch.ones_like(q)[..., :1]] * 3, fade[..., :1])  # of the decays of what is seen
+            y = fla.rms(fla.recurrence(q, k, v, fade) / sums.sqrt(), 1.0) * F.silu(g)
             x = x + y.flatten(-2) @ part["retention.out_proj.weight"].T
             u = fla.rms(x, part["final_layer_norm.weight"])
             x = x + (F.gelu(u @ part["ffn.fc1.weight"].T) * (u @ part["ffn.gate.weight"].T)) @ part["ffn.fc2.weight"].T

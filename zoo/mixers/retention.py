@@ -3,9 +3,9 @@
     S_t = gamma S_{t-1} + k_t v_t^T,    y_t = S_t^T q_t / sqrt(K),    out = (norm(y) * swish(W_g x)) W_o
 
 with one constant gamma per head, 1 - 2^(-5-h) by default, rotary positions on q and k (xPos without its own decay,
-which gamma is), and a norm per head that makes every other normalisation of the paper superfluous. The state is one
-matrix (K, V) per key/value head. The two-sided form decays with the distance to either side. Conversion: gamma with
-the measured look-back as half-life, open gate, the scale of attention's outputs in W_o.
+which gamma is), and a norm per head. The state is one matrix (K, V) per key/value head. The two-sided form decays with
+the distance to either side. Conversion: gamma with the measured look-back as half-life, open gate, the scale of
+attention's outputs in W_o.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from zoo import ops
 from zoo.mixers.base import AttentionStats, AttentionWeights, Traits
 from zoo.mixers.qkv import Inputs, QKVOptions
 from zoo.mixers.recurrent import RecurrentMixer, lookback, two_sided
@@ -31,6 +32,9 @@ class RetentionConfig(QKVOptions):
 
     head_norm_centered: subtract the mean, as the paper's GroupNorm; the official code and its successors do not.
     learn_decay: gamma is trained (through its logit); otherwise it is fixed, but saved with the weights.
+    decay_norm: divide y_t by the square root of the sum of its decays, as the paper (section 2.2) and the official code
+    do before the norm per head. What that norm leaves of it is its eps, which counts where values are small: in a fresh
+    model of the official code 1e-2 of the logits. Its successors leave it out.
     """
 
     name: Literal["retention"] = "retention"
@@ -40,6 +44,7 @@ class RetentionConfig(QKVOptions):
     head_norm_centered: bool = False
     gate: bool = True
     learn_decay: bool = False
+    decay_norm: bool = False
     first_decay: float = Field(5.0, ge=0, le=64)  # gamma of head 0 is 1 - 2 ** -first_decay
 
 
@@ -74,8 +79,35 @@ class Retention(RecurrentMixer):
     def mix(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         scale, log_decay_G = self.config.softmax_scale, F.logsigmoid(self.decay_logit_G)
         if self.config.causal:
-            return self.recur(q_BHLK, k_BGLK, v_BGLV, inputs, log_decay_G, scale)
-        return two_sided(q_BHLK * scale, k_BGLK, v_BGLV, inputs, log_decay_G), {}
+            y_BHLV, state = self.recur(q_BHLK, k_BGLK, v_BGLV, inputs, log_decay_G, scale)
+        else:
+            y_BHLV, state = two_sided(q_BHLK * scale, k_BGLK, v_BGLV, inputs, log_decay_G), {}
+        if not self.config.decay_norm:
+            return y_BHLV, state
+        sums_BGL1, carried = self.decay_sums(k_BGLK, inputs, log_decay_G)
+        sums_BHL1 = sums_BGL1.clamp(min=1).repeat_interleave(y_BHLV.shape[1] // sums_BGL1.shape[1], 1)
+        return (y_BHLV * sums_BHL1.rsqrt()).to(y_BHLV.dtype), state | carried
+
+    def decay_sums(self, k_BGLK: Tensor, inputs: Inputs, log_decay_G: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """sum_s gamma^(t - s) over the tokens that t sees (B, G, L, 1), which is retention of ones; with its state."""
+        state, ones_BGL1 = inputs.state, torch.ones_like(k_BGLK[..., :1], dtype=log_decay_G.dtype)
+        if not self.config.causal:
+            return two_sided(ones_BGL1, ones_BGL1, ones_BGL1, inputs, log_decay_G), {}
+        sums_BGL1, final = ops.linear_recurrence(
+            ones_BGL1,
+            ones_BGL1,
+            ones_BGL1,
+            log_decay_G,
+            initial=None if state is None else state["decays"],
+            final=state is not None,
+            mask_BL=inputs.mask_BL,
+            segments_BL=inputs.segments_BL,
+        )
+        return sums_BGL1, {} if final is None else {"decays": final}
+
+    def mix_state(self, batch_size: int, device: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        state = super().mix_state(batch_size, device, dtype)
+        return state | ({"decays": torch.zeros_like(state["kv"][..., :1, :1])} if self.config.decay_norm else {})
 
     def reset_parameters(self, std: float) -> None:
         """As published, whatever `std`: gamma_h = 1 - 2^(-5-h), that is logit(gamma_h) = log(2^(5+h) - 1), and

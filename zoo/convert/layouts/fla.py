@@ -185,10 +185,13 @@ class FlaRetNet(FlaFamily):
 
     def mixer(self, c: dict[str, Any]) -> dict[str, Any]:
         heads, width = c["num_heads"], c["hidden_size"]
+        if (c["num_kv_heads"] or heads) != heads:  # its query heads have decays of their own, ours those of their keys
+            raise CheckpointError(
+                f"num_kv_heads is {c['num_kv_heads']}, num_heads {heads}; only equal ones are known here"
+            )
         return {
             "name": "retention",
             "num_heads": heads,
-            "num_kv_heads": c["num_kv_heads"] or heads,
             "head_dim": round(c["expand_k"] * width) // heads,
             "value_head_dim": round(c["expand_v"] * width) // heads,
             "rotary": {"theta": 10000.0},
@@ -206,7 +209,6 @@ class FlaRetNet(FlaFamily):
             "expand_k": ratio(options.num_heads * options.head_dim, width),
             "expand_v": ratio(options.num_heads * options.value_dim, width),
             "num_heads": options.num_heads,
-            "num_kv_heads": None if options.kv_heads == options.num_heads else options.kv_heads,
             "use_output_gate": options.gate,
             "elementwise_affine": options.head_norm_affine,
         }
@@ -277,14 +279,13 @@ class FlaGatedDeltaNet(FlaFamily):
     needs: ClassVar = {"use_short_conv": True, "output_gate_activation": "swish"}
 
     def mixer(self, c: dict[str, Any]) -> dict[str, Any]:
-        values = c["num_v_heads"] or c["num_heads"]
-        if values != c["num_heads"]:
-            raise CheckpointError(
-                f"num_v_heads is {values}, num_heads {c['num_heads']}; only equal ones are known here"
-            )
+        keys, values = c["num_heads"], c["num_v_heads"] or c["num_heads"]
+        if values < keys:
+            raise CheckpointError(f"num_v_heads is {values}, num_heads {keys}; fewer value heads cannot be expressed")
         return {
             "name": "gated_delta_net",
-            "num_heads": c["num_heads"],
+            "num_heads": values,
+            "num_groups": keys if keys != values else None,
             "head_dim": c["head_dim"],
             "value_head_dim": int(c["head_dim"] * c["expand_v"]),
             "conv": c["conv_size"],
@@ -305,7 +306,8 @@ class FlaGatedDeltaNet(FlaFamily):
         return {
             "head_dim": options.head_dim,
             "expand_v": ratio(options.value_dim, options.head_dim),
-            "num_heads": options.num_heads,
+            "num_heads": options.num_groups or options.num_heads,
+            **({"num_v_heads": options.num_heads} if options.num_groups else {}),
             "conv_size": options.conv or 4,
             "use_gate": options.gate,
             "allow_neg_eigval": options.allow_neg_eigval,
@@ -332,6 +334,8 @@ class FlaDeltaNet(FlaGatedDeltaNet):
         return {**super().mixer({**c, **values}), "use_decay": False}
 
     def mixer_config(self, options: Any, width: int) -> dict[str, Any]:
+        if options.num_groups:
+            raise ExportError(f"num_groups: {options.num_groups}, where all heads have keys of their own")
         told = super().mixer_config(options, width)
         del told["head_dim"]
         told["expand_k"] = ratio(options.num_heads * options.head_dim, width)

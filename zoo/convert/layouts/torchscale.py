@@ -60,6 +60,7 @@ class TorchscaleRetNet(Family):
             "value_head_dim": c["decoder_value_embed_dim"] // heads,
             "rotary": published_rotary(width // heads),
             "head_norm_eps": c["layernorm_eps"],
+            "decay_norm": True,
         }
         ffn = {"name": "gated_mlp", "hidden_size": c["decoder_ffn_embed_dim"]}
         ffn["activation"] = _ACTIVATIONS[c["activation_fn"]]
