@@ -16,52 +16,15 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from hub_repos import Blob, Repo, git_oid
+from xet_store import XetStore
+
 TOKENS = {"hf_alice": "alice", "hf_bob": "bob"}
 LFS_FROM = 1024  # bytes from which any file is sent as LFS; the real one looks at names and contents
 
 
-def git_oid(data: bytes) -> str:
-    """The name git gives a blob."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-@dataclass
-class Blob:
-    """A file of a commit."""
-
-    data: bytes
-    lfs: bool
-
-    @property
-    def oid(self) -> str:
-        return hashlib.sha256(self.data).hexdigest() if self.lfs else git_oid(self.data)
-
-
-@dataclass
-class Repo:
-    """A repository: what each commit holds, and where names point."""
-
-    private: bool = True
-    gated: bool = False
-    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-
-    def commit(self, files: dict[str, Blob], message: str, branch: str = "main", sha: str | None = None) -> str:
-        sha = sha or hashlib.sha1(f"{len(self.commits)} {message} {sorted(files)}".encode()).hexdigest()
-        self.commits[sha], self.branches[branch] = files, sha
-        self.messages.append(message)
-        return sha
-
-    def find(self, revision: str) -> str | None:
-        return (
-            self.branches.get(revision) or self.tags.get(revision) or (revision if revision in self.commits else None)
-        )
-
-    @property
-    def files(self) -> dict[str, Blob]:
-        return self.commits[self.branches["main"]]
+class _Dropped(Exception):
+    pass
 
 
 @dataclass
@@ -73,22 +36,40 @@ class Fault:
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     drop_after: int | None = None  # bytes of the body, of the request for PUT and POST, of the answer for GET
+    corrupt: bool = False  # the last byte of the answer is another
+    lost: bool = False  # the request is carried out, and no answer comes
+    wait: bool = False  # for `go`, before the connection is dropped: time for the test to kill who asked
     times: int = 1
     error: str = "as the test wants it"
+    reached: threading.Event = field(default_factory=threading.Event)
+    go: threading.Event = field(default_factory=threading.Event)
+
+    def drop(self) -> None:
+        """Break the connection off."""
+        self.reached.set()
+        if self.wait:
+            self.go.wait(60)
+        raise _Dropped
 
 
 class HubDouble:
-    """The server. `requests` lists (method, path, status, bytes that came in); a dropped one has status 0."""
+    """The server. `requests` lists (method, path, status, bytes that came in); a dropped one has status 0.
+
+    `served` lists (path, bytes of the body that went out).
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.stored: dict[str, bytes] = {}  # LFS objects that arrived whole
+        self.xet: XetStore | None = None  # the double has no Xet unless a test gives it a store
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, int, int]] = []
+        self.served: list[tuple[str, int]] = []
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.server.handle_error = lambda *_: None  # a client that was killed is no news
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
@@ -130,10 +111,6 @@ class _Refused(Exception):
         self.status, self.code, self.message, self.body = status, code, message, body
 
 
-class _Dropped(Exception):
-    pass
-
-
 class _Handler(BaseHTTPRequestHandler):
     hub: HubDouble
     protocol_version = "HTTP/1.1"
@@ -160,6 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 with self.hub.lock:
                     answer = self.dispatch()
+                if self.fault is not None and self.fault.lost:
+                    self.fault.drop()
                 answer()
         except _Refused as refused:
             self.answer_error(refused)
@@ -173,8 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
         drop = self.fault.drop_after if self.fault is not None and self.command in ("PUT", "POST") else None
         data = self.rfile.read(length if drop is None else min(drop, length))
         self.came = len(data)
-        if drop is not None:
-            raise _Dropped
+        if self.fault is not None and drop is not None:
+            self.fault.drop()
         return data
 
     # ---- answers
@@ -199,11 +178,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        if self.fault is not None and self.fault.corrupt:
+            data = data[:-1] + bytes([data[-1] ^ 1])
         drop = self.fault.drop_after if self.fault is not None else None
         self.wfile.write(data if drop is None else data[:drop])
-        if drop is not None:
+        self.hub.served.append((self.route, len(data[:drop])))
+        if self.fault is not None and drop is not None:
             self.wfile.flush()
-            raise _Dropped
+            self.fault.drop()
 
     # ---- what the Hub does
 
@@ -259,7 +241,8 @@ class _Handler(BaseHTTPRequestHandler):
         return {"errors": [], "warnings": []}
 
     def preupload(self, id: str, rev: str) -> dict:
-        repo, (_, sha) = self.repo(id, write=True), self.at(id, rev)
+        repo, (_, sha) = self.repo(id, write="create_pr" not in self.query), self.at(id, rev)
+        self.need_user()
         out = []
         for file in json.loads(self.body)["files"]:
             there = repo.commits[sha].get(file["path"])
@@ -269,7 +252,8 @@ class _Handler(BaseHTTPRequestHandler):
         return {"files": out}
 
     def batch(self, id: str) -> dict:
-        self.repo(id, write=True)
+        self.repo(id)  # whoever may read may propose
+        self.need_user()
         out = []
         for asked in json.loads(self.body)["objects"]:
             if asked["oid"] not in self.hub.stored:
@@ -293,8 +277,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def commit(self, id: str, rev: str) -> dict:
         self.need_user()
-        repo = self.repo(id, write=True)
+        propose = "create_pr" in self.query
+        repo = self.repo(id, write=not propose)
         _, sha = self.at(id, rev)
+        if rev not in repo.branches:
+            raise _Refused(404, "RevisionNotFound", f"Invalid rev id: {rev}")
         lines = [json.loads(line) for line in self.body.splitlines()]
         header = next(line["value"] for line in lines if line["key"] == "header")
         if header.get("parentCommit") not in (None, sha):
@@ -305,13 +292,28 @@ class _Handler(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 files[value["path"]] = Blob(base64.b64decode(value["content"]), False)
             elif line["key"] == "lfsFile":
-                if value["oid"] not in self.hub.stored:
-                    raise _Refused(400, message=f"LFS object {value['oid']} is not there")
-                files[value["path"]] = Blob(self.hub.stored[value["oid"]], True)
+                files[value["path"]] = self.large_file(value["oid"], value["size"])
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
-        new = repo.commit(files, header["summary"], rev)
-        return {"success": True, "commitOid": new, "commitUrl": f"{self.hub.url}/{id}/commit/{new}"}
+        number = len(repo.requests) + 1
+        new = repo.commit(files, header["summary"], f"refs/pr/{number}" if propose else rev)
+        answer = {"success": True, "commitOid": new, "commitUrl": f"{self.hub.url}/{id}/commit/{new}"}
+        return answer | ({"pullRequestUrl": f"{self.hub.url}/{id}/discussions/{number}"} if propose else {})
+
+    def large_file(self, oid: str, size: int) -> Blob:
+        """What arrived by LFS, or by Xet."""
+        name = None if self.hub.xet is None else self.hub.xet.files().get(oid)
+        if self.hub.xet is not None and name is not None:
+            return Blob(self.hub.xet.read(name, size), True, name)
+        if oid not in self.hub.stored:
+            raise _Refused(400, message=f"LFS object {oid} is not there")
+        return Blob(self.hub.stored[oid], True)
+
+    def xet_token(self, id: str, way: str, rev: str):
+        self.repo(id, write=way == "write" and "create_pr" not in self.query)
+        if self.hub.xet is None:
+            raise _Refused(404, message="Sorry, we can't find the page you are looking for.")
+        return functools.partial(self.answer_json, self.hub.xet.token(), 200, self.hub.xet.headers())
 
     def info(self, id: str, rev: str = "main") -> dict:
         repo, sha = self.at(id, rev)
@@ -325,6 +327,8 @@ class _Handler(BaseHTTPRequestHandler):
             entry = {"type": "file", "path": path, "oid": git_oid(blob.data), "size": len(blob.data)}
             if blob.lfs:
                 entry["lfs"] = {"oid": blob.oid, "size": len(blob.data), "pointerSize": 134}
+            if blob.xet is not None:
+                entry["xetHash"] = blob.xet
             out.append(entry)
         return out
 
@@ -338,7 +342,8 @@ class _Handler(BaseHTTPRequestHandler):
         def listed(kind: str, names: dict[str, str]) -> list:
             return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": sha} for n, sha in names.items()]
 
-        return {"branches": listed("heads", repo.branches), "tags": listed("tags", repo.tags), "converts": []}
+        branches = {name: sha for name, sha in repo.branches.items() if name not in repo.requests}
+        return {"branches": listed("heads", branches), "tags": listed("tags", repo.tags), "converts": []}
 
     def commits(self, id: str, rev: str) -> list:
         repo, _ = self.at(id, rev)
@@ -354,6 +359,13 @@ class _Handler(BaseHTTPRequestHandler):
         if name in repo.tags:
             raise _Refused(409, message="Tag reference exists already")
         repo.tags[name] = sha
+        return {}
+
+    def branch(self, id: str, rev: str) -> dict:
+        repo, name = self.repo(id, write=True), rev
+        if name in repo.branches:
+            raise _Refused(409, message="Reference already exists")
+        repo.branches[name] = self.at(id, json.loads(self.body or b"{}").get("startingPoint") or "main")[1]
         return {}
 
     def delete(self) -> dict:
@@ -373,6 +385,9 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{blob.oid}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         if blob.lfs:
             headers |= {"X-Linked-Etag": f'"{blob.oid}"', "X-Linked-Size": str(len(blob.data))}
+        if blob.xet is not None:
+            route = f"{self.hub.url}/api/models/{id}/xet-read-token/{sha}"
+            headers |= {"X-Xet-Hash": blob.xet, "X-Xet-Refresh-Route": route}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if wanted is None:
             return lambda: self.answer(blob.data, 200, headers)
@@ -391,8 +406,10 @@ _ROUTES = [
     ("POST", rf"/{_ID}\.git/info/lfs/objects/batch", "batch"),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "put"),
     ("POST", r"/lfs/(?P<oid>[0-9a-f]{64})/verify", "verify"),
+    ("GET", rf"/api/models/{_ID}/xet-(?P<way>read|write)-token/{_REV}", "xet_token"),
     ("POST", rf"/api/models/{_ID}/commit/{_REV}", "commit"),
     ("POST", rf"/api/models/{_ID}/tag/{_REV}", "tag"),
+    ("POST", rf"/api/models/{_ID}/branch/{_REV}", "branch"),
     ("POST", rf"/api/models/{_ID}/paths-info/{_REV}", "paths_info"),
     ("GET", rf"/api/models/{_ID}/revision/{_REV}", "info"),
     ("GET", rf"/api/models/{_ID}/tree/(?P<rev>[^/]+)/?", "tree"),  # a mirror asks for the folder ""

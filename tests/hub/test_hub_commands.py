@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from huggingface_hub import snapshot_download
 
 import zoo
+from zoo.hub.weights import weights_hash
 
 # One process runs several commands: each start imports torch.
 RUN = """
@@ -48,7 +50,7 @@ def test_the_cycle_by_commands(hub, saved, tmp_path):
         tmp_path,
         [*push, "--dry-run"],
         [*push, "--public", "--tag", "v7", "--json"],
-        ["pull", "alice/retnet@v7", "--out", "out", "--json"],
+        ["pull", "alice/retnet", "--revision", "v7", "--out", "out", "--json"],
         ["pull", "alice/retnet", "--out", "out"],
         ["show", "out", "--json"],
         ["pull", "alice/retnt", "--out", "x"],
@@ -68,13 +70,17 @@ def test_the_cycle_by_commands(hub, saved, tmp_path):
     assert missing[1] == ""
     assert missing[2].startswith(f"error: alice/retnt: no such repository at {hub.url}")
     assert missing[2].count("\n") == 1
-    # The same folder from the cache, with the Hub switched off, and a push that says so.
-    pulled, pushed = zoo_commands(
-        hub, tmp_path, ["pull", "alice/retnet@v7", "--out", "offline"], push, HF_HUB_OFFLINE="1"
+    # With the Hub switched off: what the cache has, and a push that says so.
+    snapshot_download("alice/retnet", revision="v7", cache_dir=tmp_path / "hf" / "hub", **hub.alice)
+    pull = ["pull", "alice/retnet@v7", "--out", "x"]
+    pulled, none, pushed = zoo_commands(
+        hub, tmp_path, pull, ["pull", "alice/none", "--out", "y"], push, HF_HUB_OFFLINE="1"
     )
     assert pulled[0] == 0
-    assert pushed[0] == 2
+    assert none[0] == pushed[0] == 2
+    assert "alice/none: not, or not whole, in the cache" in none[2]
     assert "switched off by HF_HUB_OFFLINE=1" in pushed[2]
+    assert weights_hash(tmp_path / "x") == weights_hash(saved)
 
 
 @pytest.mark.slow

@@ -75,13 +75,87 @@ def test_a_download_that_breaks_off_goes_on(published, saved, tmp_path):
     fault = published.fail("GET", "resolve/.*/model.safetensors", drop_after=size // 3, times=100)
     with pytest.raises(HubError, match=r"no connection .* then run the same command again"):
         zoo.pull(NAME, tmp_path / "out", **published.nobody)
-    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+    assert not (tmp_path / "out").exists()
     fault.times = 0
     offline = {**published.nobody, "local_files_only": True}
     with pytest.raises(HubError, match="not whole, in the cache"):
         zoo.create_model(f"hf-hub:{NAME}", **offline)
+    fetched = published.count("GET", "resolve/.*/tokenizer.json")
     zoo.pull(NAME, tmp_path / "out", **published.nobody)
     assert weights_hash(tmp_path / "out") == weights_hash(saved)
+    assert published.count("GET", "resolve/.*/tokenizer.json") == fetched == 1  # what had arrived is not loaded again
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out"]
+
+
+def test_a_pull_takes_its_room_once(published, tmp_path):
+    """Nothing goes into the cache; what is there already is used, and stays as it is when the folder is edited."""
+    zoo.pull(NAME, tmp_path / "out", **published.nobody)
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.stat().st_size > 100]
+    zoo.create_model(f"hf-hub:{NAME}", **published.nobody)
+    published.served.clear()
+    zoo.pull(NAME, tmp_path / "copy", **published.nobody)
+    assert not [path for path, _ in published.served if "safetensors" in path]
+    before = weights_hash(tmp_path / "copy")
+    with (tmp_path / "copy" / "model.safetensors").open("r+b") as file:  # in place, as through a hard link
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    assert weights_hash(tmp_path / "copy") != before
+    zoo.pull(NAME, tmp_path / "again", **published.nobody)
+    assert weights_hash(tmp_path / "again") == before
+
+
+def test_copies_where_the_file_system_cannot_share(published, tmp_path, monkeypatch):
+    zoo.create_model(f"hf-hub:{NAME}", **published.nobody)
+    calls = []
+
+    def refused(*args):
+        calls.append(args)
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.copy_file_range", refused)
+    zoo.pull(NAME, tmp_path / "out", **published.nobody)
+    assert calls
+    assert weights_hash(tmp_path / "out") == weights_hash(next(tmp_path.glob("cache/models--*/snapshots/*")))
+
+
+def test_a_download_that_broke_off_does_not_end_in_another_commit(published, saved, tmp_path):
+    fault = published.fail("GET", "resolve/.*/model.safetensors", drop_after=10, times=100)
+    with pytest.raises(HubError, match="no connection"):
+        zoo.pull(NAME, tmp_path / "out", **published.nobody)
+    fault.times = 0
+    files = {n: b.data for n, b in published.repos[NAME].files.items() if n not in ("curve.png", "tokenizer.json")}
+    new = published.publish(NAME, {**files, "README.md": b"# New\n"})
+    assert zoo.pull(NAME, tmp_path / "out", **published.nobody).revision == new
+    assert (tmp_path / "out" / "README.md").read_text() == "# New\n"
+    assert not (tmp_path / "out" / "curve.png").exists()
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_two_pulls_to_one_folder(published, tmp_path):
+    import threading
+
+    fault = published.fail("GET", "resolve/.*/model.safetensors", drop_after=10, wait=True)
+    first = threading.Thread(target=zoo.pull, args=(NAME, tmp_path / "out"), kwargs=published.nobody)
+    first.start()
+    assert fault.reached.wait(60)
+    with pytest.raises(HubError, match="out: another process is pulling to it"):
+        zoo.pull(NAME, tmp_path / "out", **published.nobody)
+    fault.go.set()
+    first.join()
+    zoo.create_model(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])
+def test_other_bytes_than_the_hub_lists(published, saved, tmp_path, name):
+    """Of the same length, on the way or by a server in between: it is found, and loaded again by the next call."""
+    published.fail("GET", f"resolve/.*/{name}", corrupt=True)
+    with pytest.raises(CheckpointError, match=f"{name}: is damaged as it arrived; it was removed there"):
+        zoo.pull(NAME, tmp_path / "out", **published.nobody)
+    assert not (tmp_path / "out").exists()
+    zoo.pull(NAME, tmp_path / "out", **published.nobody)
+    assert (tmp_path / "out" / name).read_bytes() == (saved / name).read_bytes()
+    assert published.count("GET", f"resolve/.*/{name}") == 2
+    assert published.count("GET", "resolve/.*/config.json") == 1
 
 
 def test_damage_is_found(published, saved, tmp_path):
@@ -181,7 +255,7 @@ def test_what_is_not_there(published, saved, tmp_path):
     hub.fail("GET", f"/api/models/{NAME}$", 503, times=100)
     assert "the server has a problem (503)" in said(NAME, hub.alice)
     assert "no connection" in said("them/other", {"endpoint": "http://127.0.0.1:9", "token": False})
-    assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
 
 
 def test_a_wait_that_the_hub_asks_for(published, tmp_path):

@@ -13,6 +13,9 @@ from zoo.cli.common import JsonOption, only_json_on_stdout, print_json, quiet_li
 def pull(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name, or org/name@revision.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the result.")],
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A branch, a tag or a commit, as after the @.")
+    ] = None,
     file: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="A file to take instead of the usual weights. Repeatable."),
@@ -25,7 +28,7 @@ def pull(
         from zoo.hub.pull import pull as run
 
         quiet_libraries()
-        taken = run(repo, out, files=file or (), overwrite=overwrite)
+        taken = run(repo, out, revision=revision, files=file or (), overwrite=overwrite)
     if as_json:
         print_json({"repo": taken.repo, "revision": taken.revision, "out": str(out), "files": list(taken.files)})
         return

@@ -13,12 +13,20 @@ from zoo.cli.common import JsonOption, only_json_on_stdout, print_json, print_ta
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a saved model.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="The repository, org/name; made where there is none.")],
-    public: Annotated[bool, typer.Option("--public", help="Everybody may see it. Without this it is private.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public/--private", help="Everybody may see it. Without this it is private.")
+    ] = False,
     card: Annotated[
         Path | None, typer.Option(metavar="PATH", help="README.md, or a folder with it; default: those in DIR.")
     ] = None,
     tag: Annotated[str | None, typer.Option(metavar="TAG", help="Name of this version; default: v1, v2, ...")] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", metavar="TEXT", help="Of the commit.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="Made from main where there is none; also refs/pr/N.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Propose it as a pull request, also where you may only read.")
+    ] = False,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Weights in larger files are split.")] = "5GB",
     with_code: Annotated[
         bool, typer.Option("--with-code", help="Also the model's code, for those without zoo (trust_remote_code).")
@@ -38,6 +46,8 @@ def push(
             card=card,
             tag=tag,
             message=message,
+            revision=revision,
+            create_pr=create_pr,
             max_shard_size=max_shard_size,
             with_code=with_code,
             dry_run=dry_run,
@@ -56,6 +66,10 @@ def push(
     seen = "private" if pushed.private else "public"
     total = f"{len(pushed.files)} files, {short_bytes(pushed.size)}"
     if dry_run:
-        say(f"would go to {pushed.url} ({seen}): {total}; nothing was sent")
+        where = pushed.url if revision is None else f"{pushed.url}@{revision}"
+        where = f"a pull request at {where}" if create_pr else where
+        say(f"would go to {where} ({seen}): {total}; nothing was sent")
+    elif create_pr:
+        say(f"{pushed.pull_request or 'nothing to propose: it is there already'} ({seen}): {total}")
     else:
-        say(f"{pushed.url}@{pushed.tag} ({seen}, commit {pushed.commit}): {total}")
+        say(f"{pushed.url}@{pushed.tag or pushed.revision} ({seen}, commit {pushed.commit}): {total}")

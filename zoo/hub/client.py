@@ -79,6 +79,10 @@ def explained(repo: str, revision: str | None = None, *, api: Any, doing: str = 
         raise _no_connection(error, api) from None
     except errors.LocalTokenNotFoundError:
         raise HubError(f"{api.endpoint}: not logged in; {LOGIN}") from None
+    except OSError as error:
+        if error.errno is not None:  # a file or the disk here
+            raise
+        raise _by_xet(error, api) from None
     except RuntimeError as error:  # what an upload of several files wraps the error of one in
         cause: Any = error.__cause__
         if isinstance(cause, errors.HfHubHTTPError):
@@ -104,6 +108,15 @@ def _not_here(error: BaseException, repo: str, revision: str | None, api: Any) -
 def _no_connection(error: BaseException, api: Any) -> HubError:
     said = " ".join(str(error).split()) or type(error).__name__
     return HubError(f"{api.endpoint}: no connection ({said}); check the network and HF_ENDPOINT, then {GO_ON}")
+
+
+def _by_xet(error: OSError, api: Any) -> HubError:
+    """hf_xet, which moves large files, raises errors of the system without a number."""
+    said = " ".join(str(error).split())
+    return HubError(
+        f"{api.endpoint}: moving files by Xet failed ({said:.300}); {GO_ON}; where the server has no Xet, set "
+        "HF_HUB_DISABLE_XET=1"
+    )
 
 
 def _answered(error: Any, repo: str, revision: str | None, api: Any, doing: str) -> HubError:

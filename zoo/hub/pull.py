@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from zoo.hub.client import check_file_names, check_repo, check_revision, client,
 from zoo.hub.contents import BESIDE_WEIGHTS, CODE, PICKLES, WEIGHTS, matches
 from zoo.hub.weights import INDEX, SINGLE, tensor_files, weight_files
 
+OWN = ".cache"  # where huggingface_hub keeps, inside a folder, what it needs to go on with a download
 PICTURES = ("*.png", "*.svg", "*.jpg")
 OF_THE_HUB = ("token", "endpoint", "cache_dir", "local_files_only")  # options that are not of `from_pretrained`
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Files of one commit in the cache of huggingface_hub. `revision` is the full sha."""
+    """Files of one commit, in the cache of huggingface_hub or in a folder. `revision` is the full sha."""
 
     folder: Path
     repo: str
@@ -42,6 +44,7 @@ def snapshot(
     endpoint: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    into: Path | None = None,
 ) -> Snapshot:
     """Bring a model's files into the cache: weights, config and tokenizer; nothing where they are there already.
 
@@ -54,6 +57,7 @@ def snapshot(
         files: exactly these files instead of the weights (``RWKV-4.pth``); config and tokenizer come too.
         weights: False: only config and tokenizer. card: the card's pictures too.
         token, endpoint, cache_dir, local_files_only: as in huggingface_hub.
+        into: a folder to which the files go, if they are not all in the cache, and then not into the cache.
 
     Raises:
         HubError: a repository, revision or file that is not there, no access, no connection, odd names.
@@ -63,52 +67,82 @@ def snapshot(
         check_revision(revision, repo)
     check_file_names(list(files), repo)
     api = client(endpoint, token)
-    place = {"cache_dir": cache_dir, "local_files_only": local_files_only}
+    place: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only}
     with explained(repo, revision, api=api):
         sha = api.resolve_revision(repo, revision=revision, **place).resolved
+    place |= {"into": into}
     beside = (*BESIDE_WEIGHTS, CODE, *(PICTURES if card else ()))
     usual = WEIGHTS if weights else ()
-    found = _fetch(api, repo, sha, (*beside, *(files or usual)), place)
-    there = _names(found)
+    found, there = _fetch(api, repo, sha, (*beside, *(files or usual)), place)
     if weights and not files and not any(matches(name, WEIGHTS) for name in there):
-        found = _fetch(api, repo, sha, (*beside, *PICKLES), place)
-        there = _names(found)
+        found, there = _fetch(api, repo, sha, (*beside, *PICKLES), place)
     if missing := [name for name in files if name not in there]:
         raise HubError(f"{repo}: has no file {missing[0]!r} at {sha}")
     return Snapshot(found, repo, sha, there)
 
 
-def _fetch(api: Any, repo: str, sha: str, patterns: tuple[str, ...], place: dict[str, Any]) -> Path:
-    """The folder of a commit in the cache, once all its files that the patterns name are there."""
-    from huggingface_hub import get_cached_repo_tree
-    from huggingface_hub.errors import (
-        CachedRepoTreeNotFoundError,
-        HfHubHTTPError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
+def _fetch(
+    api: Any, repo: str, sha: str, patterns: tuple[str, ...], place: dict[str, Any]
+) -> tuple[Path, tuple[str, ...]]:
+    """The folder in which the files of a commit are that the patterns name, and their names."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     wanted: dict[str, Any] = {"revision": sha, "cache_dir": place["cache_dir"], "allow_patterns": list(patterns)}
-    try:  # only with the list of all files on the disk can be told whether a snapshot there is whole
-        names = [f.path for f in get_cached_repo_tree(repo, revision=sha, cache_dir=place["cache_dir"])]
-    except CachedRepoTreeNotFoundError:
-        names = None
-    if names is not None:
-        check_file_names(names, repo)
+    # Only with the list of all files on the disk can be told whether a snapshot there is whole.
+    listed = _listed(repo, sha, place["cache_dir"])
+    if listed:
+        check_file_names(list(listed), repo)
         try:
-            return Path(api.snapshot_download(repo, **wanted, local_files_only=True))
+            return _chosen(api.snapshot_download(repo, **wanted, local_files_only=True), patterns, listed)
         except LocalEntryNotFoundError:
             pass
     with explained(repo, sha, api=api):
-        if names is None and not place["local_files_only"]:
+        if not listed and not place["local_files_only"]:
             try:
-                check_file_names([f.path for f in api.list_repo_tree(repo, revision=sha, recursive=True)], repo)
+                listed = {f.path: "" for f in api.list_repo_tree(repo, revision=sha, recursive=True)}
             except (OfflineModeIsEnabled, HTTPError) as error:
                 if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                     raise
-                return _without_the_hub(api, repo, wanted, error)
-        return Path(api.snapshot_download(repo, **wanted, local_files_only=place["local_files_only"]))
+                return _chosen(_without_the_hub(api, repo, wanted, error), patterns)
+            check_file_names(list(listed), repo)
+        here = {"local_files_only": place["local_files_only"], "local_dir": place["into"]}
+        if place["into"] is not None:
+            _from_cache(repo, wanted, listed, place["into"])
+        return _chosen(api.snapshot_download(repo, **wanted, **here), patterns, listed)
+
+
+def _listed(repo: str, sha: str, cache_dir: str | Path | None, folder: Path | None = None) -> dict[str, str]:
+    """Each file of a commit with its hash, as the Hub listed them: git's SHA-1, of large files SHA-256. {}: unknown."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        tree = get_cached_repo_tree(repo, revision=sha, cache_dir=cache_dir, local_dir=folder)
+    except CachedRepoTreeNotFoundError:
+        return {}
+    return {f.path: f.blob_id if f.lfs is None else f.lfs.sha256 for f in tree}
+
+
+def _chosen(
+    folder: str | Path, patterns: Sequence[str], listed: Mapping[str, str] | None = None
+) -> tuple[Path, tuple[str, ...]]:
+    """A folder and the names in it that were asked for: of those that are listed, or that are there."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    folder = Path(folder)
+    names = listed or [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    return folder, tuple(sorted(filter_repo_objects(list(names), allow_patterns=list(patterns))))
+
+
+def _from_cache(repo: str, wanted: dict[str, Any], listed: Mapping[str, str], into: Path) -> None:
+    """Copy what the cache has of the files that are wanted."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in _chosen(into, wanted["allow_patterns"], listed)[1]:
+        cached = try_to_load_from_cache(repo, name, cache_dir=wanted["cache_dir"], revision=wanted["revision"])
+        if isinstance(cached, str) and not (into / name).exists():
+            (into / name).parent.mkdir(parents=True, exist_ok=True)
+            _copy(Path(cached), into / name)
 
 
 def _without_the_hub(api: Any, repo: str, wanted: dict[str, Any], error: Exception) -> Path:
@@ -119,10 +153,6 @@ def _without_the_hub(api: Any, repo: str, wanted: dict[str, Any], error: Excepti
         return Path(api.snapshot_download(repo, **wanted, local_files_only=True))
     except LocalEntryNotFoundError:
         raise error from None
-
-
-def _names(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()))
 
 
 def pull(
@@ -138,19 +168,21 @@ def pull(
 ) -> Snapshot:
     """A model of the Hub as a folder of one's own: weights, config, tokenizer, card.
 
-    The folder appears when it is whole, or not at all; an interrupted download goes on from the cache. Each file is
-    compared with the hash under which the Hub lists it. The config of a zoo model then records in `origin` where it
-    came from: repository and full commit sha.
+    The folder appears when it is whole, or not at all. Until then the files gather in a hidden one beside it, from
+    which an interrupted download goes on. What the cache has is taken from there; the rest does not go through it, so
+    that it takes its room once. Each file is compared with the hash under which the Hub lists it. The config of a zoo
+    model then records in `origin` where it came from: repository and full commit sha.
 
     Args:
         repo: ``org/name``, also ``org/name@revision``. revision: a branch, a tag or a commit, by default ``main``.
         out: the folder; must not exist, be empty, or hold a model that `overwrite` gives up.
         files: as in `snapshot`. token, endpoint, cache_dir: as in huggingface_hub.
 
-    Returns: the snapshot that was copied; its `folder` is `out`.
+    Returns: the snapshot that was taken; its `folder` is `out`.
 
     Raises:
-        HubError: as `snapshot`. ConversionError: something stands at `out`. CheckpointError: damaged files.
+        HubError: as `snapshot`; another pull to the same folder. ConversionError: something stands at `out`.
+        CheckpointError: damaged files.
     """
     from zoo.convert.api import _put_in_place, check_output
 
@@ -159,46 +191,101 @@ def pull(
         raise HubError(f"two revisions are given, {at!r} and {revision!r}")
     out = Path(out)
     check_output(out, overwrite)
-    taken = snapshot(repo, revision or at, files=files, card=True, token=token, endpoint=endpoint, cache_dir=cache_dir)
-    if not any(matches(name, (*WEIGHTS, *PICKLES, *files)) for name in taken.files):
-        raise HubError(f"{repo}: holds no model at {taken.revision}; name a file of it with files=[...] (--file)")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        folder.chmod(0o755)
-        for name in taken.files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            _copy(taken.folder / name, folder / name)
-        if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
-            tensor_files(weight_files(folder))
-        _record_origin(folder / "config.json", taken)
-        _put_in_place(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    part = out.parent / f".{out.name}.zoo-pull"
+    with _alone(part, out):
+        try:
+            taken = snapshot(
+                repo, revision or at, files=files, card=True, into=part,
+                token=token, endpoint=endpoint, cache_dir=cache_dir,
+            )  # fmt: skip
+            _gather(taken, part, cache_dir)
+            shutil.rmtree(part / OWN, ignore_errors=True)
+            if not any(matches(name, (*WEIGHTS, *PICKLES, *files)) for name in taken.files):
+                raise HubError(
+                    f"{repo}: holds no model at {taken.revision}; name a file of it with files=[...] (--file)"
+                )
+            if (part / SINGLE).is_file() or (part / INDEX).is_file():
+                tensor_files(weight_files(part))
+            _record_origin(part / "config.json", taken)
+            _put_in_place(part, out)
+        except BaseException:
+            if not (part / OWN).is_dir() or not [p for p in part.iterdir() if p.name != OWN]:
+                # there is no download that could go on
+                shutil.rmtree(part, ignore_errors=True)
+            raise
     return Snapshot(out, taken.repo, taken.revision, taken.files)
 
 
+@contextlib.contextmanager
+def _alone(part: Path, out: Path) -> Iterator[None]:
+    """Make the folder in which files gather, and keep other processes out of it."""
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows, where folders cannot be locked
+        yield
+        return
+    handle = os.open(part, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HubError(f"{out}: another process is pulling to it; wait for it, or give another folder") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _gather(taken: Snapshot, part: Path, cache_dir: str | Path | None) -> None:
+    """Have in `part` the files of a snapshot, each as the Hub lists it, and nothing else.
+
+    Raises CheckpointError for a file that is not: it is removed, also from the cache, so that the next call loads it.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    in_cache = taken.folder.resolve() != part.resolve()
+    listed = _listed(taken.repo, taken.revision, cache_dir, None if in_cache else part)
+    for file in [p for p in part.rglob("*") if p.is_file() or p.is_symlink()]:
+        name = file.relative_to(part).as_posix()
+        if (in_cache or name not in taken.files) and not name.startswith(f"{OWN}/"):
+            file.unlink()  # of another commit
+    for name in taken.files:
+        file, source = part / name, taken.folder / name
+        if in_cache:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _copy(source, file)
+        # Without a list, the cache has the hash: it names by it the file to which its entry leads.
+        expected = listed.get(name) or (source.readlink().name if source.is_symlink() else "")
+        if not _is(file, expected):
+            cached = try_to_load_from_cache(taken.repo, name, cache_dir=cache_dir, revision=taken.revision)
+            for damaged in [file] if not isinstance(cached, str) else [file, Path(cached).resolve()]:
+                damaged.unlink(missing_ok=True)
+            where = "in the cache" if isinstance(cached, str) else "as it arrived"
+            raise CheckpointError(f"{name}: is damaged {where}; it was removed there: run the same command again")
+
+
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file out of the cache. Its blob is named by its hash there: raise CheckpointError where that differs."""
-    shutil.copyfile(source, target)
-    blob = source.resolve()
-    name = blob.name
-    with open(target, "rb") as file:
-        if blob.parent.name != "blobs":
-            return
-        if re.fullmatch(r"[0-9a-f]{64}", name):
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        elif re.fullmatch(r"[0-9a-f]{40}", name):
-            digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
-            found = hashlib.file_digest(file, lambda: digest).hexdigest()
-        else:
-            return
-    if found != name:
-        blob.unlink()
-        raise CheckpointError(
-            f"{source.name}: is damaged in the cache; it was removed there: run the same command again"
-        )
+    """Copy a file so that the two share their room on the disk, where the file system can do that."""
+    with open(source, "rb") as read, open(target, "wb") as written:
+        left = os.fstat(read.fileno()).st_size
+        try:
+            while left > 0 and (count := os.copy_file_range(read.fileno(), written.fileno(), left)):
+                left -= count
+        except (AttributeError, OSError):  # not on this system, or not between these two places
+            left = -1
+    if left:
+        shutil.copyfile(source, target)
+
+
+def _is(file: Path, expected: str) -> bool:
+    """Whether a file has this SHA-256 or git SHA-1; True where what is expected is neither."""
+    with open(file, "rb") as opened:
+        if re.fullmatch(r"[0-9a-f]{64}", expected):
+            return hashlib.file_digest(opened, "sha256").hexdigest() == expected
+        if re.fullmatch(r"[0-9a-f]{40}", expected):
+            digest = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
+            return hashlib.file_digest(opened, lambda: digest).hexdigest() == expected
+    return True
 
 
 def _record_origin(path: Path, taken: Snapshot) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from zoo.hub.measured import check_card, check_old_card
 from zoo.hub.shards import reshard, size_in_bytes
 from zoo.hub.weights import weights_hash
 
+MAIN = "main"
 VERSION = re.compile(r"v(\d+)")
 
 
@@ -25,7 +26,8 @@ class Pushed:
     """What a push sent, or, with `commit` None after a dry run, would send.
 
     files: path in the repository -> bytes. stays: what else is in the folder and does not belong on the Hub. removed:
-    weights and scores of the version before that are no longer there.
+    weights and scores of the version before that are no longer there. revision: the branch. pull_request: its address,
+    where it was one.
     """
 
     repo: str
@@ -36,6 +38,8 @@ class Pushed:
     removed: list[str]
     commit: str | None = None
     tag: str | None = None
+    revision: str = MAIN
+    pull_request: str | None = None
 
     @property
     def size(self) -> int:
@@ -51,6 +55,8 @@ def push(
     card: str | Path | None = None,
     tag: str | None = None,
     message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
     max_shard_size: int | str = "5GB",
     with_code: bool = False,
     dry_run: bool = False,
@@ -69,8 +75,11 @@ def push(
         repo: ``org/name``; it is made where there is none.
         private: whether it may be public; False must be said, also where the repository is public already.
         card: README.md, or a folder with it and what was measured; by default those of the model's folder.
-        tag: a name for this version; by default v1, v2, ...
+        tag: a name for this version; by default v1, v2, ... on main, and none elsewhere.
         message: of the commit.
+        revision: a branch other than main, which is made from main where there is none; or an open pull request,
+            ``refs/pr/1``.
+        create_pr: propose it as a pull request, also to a repository that one may only read; without a tag.
         max_shard_size: weights in larger files are split.
         with_code: put the code of the model beside it (one file), for those who do not have this package and load with
             ``trust_remote_code=True``. With the package it needs neither.
@@ -84,16 +93,22 @@ def push(
     check_repo(repo)
     if "/" not in repo:
         raise HubError(f"{repo!r}: write the repository as org/name")
-    if tag is not None:
-        check_revision(tag, repo)
+    for name in (tag, revision):
+        if name is not None:
+            check_revision(name, repo)
+    if create_pr and tag is not None:
+        raise HubError(f"{repo}: a pull request has no tag of its own; leave out {tag!r}, and give it after the merge")
+    if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        raise HubError(f"{repo}: {revision} is a commit; give the branch that is to move on (--revision)")
     size_in_bytes(max_shard_size)
     with tempfile.TemporaryDirectory(prefix="zoo-push-") as scratch:
         folder = model if isinstance(model, str | Path) else _saved(model, Path(scratch) / "model", max_shard_size)
         files, stays, digest = _prepared(Path(folder), card, Path(scratch), max_shard_size, with_code)
         api = client(endpoint, token)
         sizes = {name: file.stat().st_size for name, file in files.items()}
-        plan = Pushed(repo, f"{api.endpoint}/{repo}", private, sizes, stays, [], tag=tag)
-        return plan if dry_run else _send(plan, files, digest, message, api)
+        url = f"{api.endpoint}/{repo}"
+        plan = Pushed(repo, url, private, sizes, stays, [], tag=tag, revision=revision or MAIN)
+        return plan if dry_run else _send(plan, files, digest, message, create_pr, api)
 
 
 def _saved(model: Any, folder: Path, max_shard_size: int | str) -> Path:
@@ -149,55 +164,76 @@ def _with_code(values: Mapping[str, Any], folder: Path, made: Path) -> dict[str,
     return {**values, "auto_map": auto_map(config)}
 
 
-def _send(plan: Pushed, files: Mapping[str, Path], digest: str, message: str | None, api: Any) -> Pushed:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
+def _send(
+    plan: Pushed, files: Mapping[str, Path], digest: str, message: str | None, create_pr: bool, api: Any
+) -> Pushed:
     repo = plan.repo
-    with explained(repo, api=api, doing="writing"):
-        there = _open_repository(plan, api)
-        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags}
-        tag = _free_tag(plan.tag, tags, there.sha, repo)
-        names = [sibling.rfilename for sibling in there.siblings or []]
-        if "README.md" in names and "README.md" not in files:
-            path = api.hf_hub_download(repo, "README.md", revision=there.sha)
-            check_old_card(Path(path).read_text(encoding="utf-8"), digest, repo)
-        removed = [n for n in names if n not in files and matches(n, (*WEIGHTS, *MEASURED, CODE))]
-        operations: list[Any] = [CommitOperationDelete(name) for name in removed]
-        operations += [CommitOperationAdd(name, str(file)) for name, file in files.items()]
+    with explained(repo, plan.revision, api=api, doing="writing"):
+        there, refs = _open_repository(plan, create_pr, api)
+        tags = {ref.name: ref.target_commit for ref in refs.tags}
+        tagged = plan.tag is not None or (plan.revision == MAIN and not create_pr)
+        tag = _free_tag(plan.tag, tags, there.sha, repo) if tagged else None
+        operations, removed = _operations(files, there, digest, api)
+        message = message or (f"zoo push: {tag}" if tagged else "zoo push")
         try:
             commit = api.create_commit(
-                repo, operations, commit_message=message or f"zoo push: {tag}", parent_commit=there.sha
-            )
+                repo, operations, commit_message=message, parent_commit=there.sha,
+                revision=plan.revision, create_pr=create_pr,
+            )  # fmt: skip
         except ValueError as error:
             if isinstance(error, OSError):
                 raise
             said = " ".join(str(error).split())
             raise HubError(f"{repo}: the Hub does not take the files: {said}") from None
-        if commit.oid == there.sha and plan.tag is None:  # nothing changed: the version has a name already
+        if commit.oid == there.sha and plan.tag is None and tagged:  # nothing changed: the version has a name already
             tag = next((name for name, sha in tags.items() if sha == commit.oid and VERSION.fullmatch(name)), tag)
-        if tags.get(tag) != commit.oid:
+        if tag is not None and tags.get(tag) != commit.oid:
             if tag in tags:
                 raise HubError(
                     f"{repo}: published as {commit.oid}, but tag {tag!r} names another; give a new one (--tag)"
                 )
             api.create_tag(repo, tag=tag, revision=commit.oid)
-    return Pushed(repo, plan.url, bool(there.private), plan.files, plan.stays, removed, commit.oid, tag)
+    done = {"private": bool(there.private), "removed": removed, "commit": commit.oid, "tag": tag}
+    return replace(plan, **done, pull_request=commit.pr_url)
 
 
-def _open_repository(plan: Pushed, api: Any) -> Any:
-    """What is known of the repository, which is made where there is none."""
+def _operations(files: Mapping[str, Path], there: Any, digest: str, api: Any) -> tuple[list[Any], list[str]]:
+    """What the commit does, and the files of the version before that it removes."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    names = [sibling.rfilename for sibling in there.siblings or []]
+    if "README.md" in names and "README.md" not in files:
+        path = api.hf_hub_download(there.id, "README.md", revision=there.sha)
+        check_old_card(Path(path).read_text(encoding="utf-8"), digest, there.id)
+    removed = [n for n in names if n not in files and matches(n, (*WEIGHTS, *MEASURED, CODE))]
+    operations: list[Any] = [CommitOperationDelete(name) for name in removed]
+    return operations + [CommitOperationAdd(name, str(file)) for name, file in files.items()], removed
+
+
+def _open_repository(plan: Pushed, create_pr: bool, api: Any) -> tuple[Any, Any]:
+    """What is known of the repository at the branch, and its branches and tags; what is missing is made."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    repo = plan.repo
     try:
-        there = api.model_info(plan.repo)
+        there = api.model_info(repo)
     except RepositoryNotFoundError as error:
-        if isinstance(error, GatedRepoError):
+        if isinstance(error, GatedRepoError) or create_pr:
             raise
-        api.create_repo(plan.repo, private=plan.private, exist_ok=True)
-        there = api.model_info(plan.repo)
+        api.create_repo(repo, private=plan.private, exist_ok=True)
+        there = api.model_info(repo)
     if plan.private and not there.private:
-        raise HubError(f"{plan.repo}: is public; say that the model may be, with private=False (--public)")
-    return there
+        raise HubError(f"{repo}: is public; say that the model may be, with private=False (--public)")
+    refs = api.list_repo_refs(repo)
+    if plan.revision == MAIN:
+        return there, refs
+    if plan.revision in {ref.name for ref in refs.tags}:
+        raise HubError(f"{repo}: {plan.revision!r} is a tag, which stays where it is; give a branch (--revision)")
+    if not plan.revision.startswith("refs/") and plan.revision not in {ref.name for ref in refs.branches}:
+        if create_pr:
+            raise HubError(f"{repo}: has no branch {plan.revision!r}; leave out --revision to propose it for main")
+        api.create_branch(repo, branch=plan.revision, revision=there.sha, exist_ok=True)
+    return api.model_info(repo, revision=plan.revision), refs
 
 
 def _free_tag(wanted: str | None, tags: Mapping[str, str], head: str, repo: str) -> str:
