@@ -13,6 +13,7 @@ BERT = {"vocab_size": 30522}
 LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8}
 TIED = {"tie_word_embeddings": True}
 LARGE = {"d": 1024, "layers": 24, "heads": 16}
+KDA, MLA = ["linear_attention"], ["full_attention"]
 LONG = {"vocab_size": 50265, "max_position_embeddings": 4098, "type_vocab_size": 1}
 
 
@@ -176,7 +177,19 @@ PEERS: dict[str, tuple[tuple[str, dict], int | None]] = {
     ),
     "olmoe-1b-7b": (("OlmoeForCausalLM", {"intermediate_size": 1024}), 6_919_161_856),
     "qwen2-moe-a2.7b": (("Qwen2MoeForCausalLM", {}), 14_315_784_192),
+    "deepseek-v2-lite-16b": (
+        (
+            "DeepseekV2ForCausalLM",
+            {
+                **llama(2048, 27, 16, 10944, vocab_size=102400)[1],
+                **{"q_lora_rank": None, "moe_intermediate_size": 1408, "first_k_dense_replace": 1},
+            },
+        ),
+        15_706_484_224,
+    ),
     "deepseek-v3-671b": (("DeepseekV3ForCausalLM", {"num_mtp_layers": 0}), 671_026_404_352),
+    "kimi-linear-48b": (("KimiLinearForCausalLM", {"layer_types": (KDA * 3 + MLA) * 6 + KDA * 2 + MLA}), None),
+    "qwen3-next-80b": (("Qwen3NextForCausalLM", {}), None),
     "bamba-9.8b": (
         ("BambaForCausalLM", {"vocab_size": 128256, "mamba_d_state": 128, "attn_layer_indices": [9, 18, 27]}),
         None,

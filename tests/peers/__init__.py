@@ -73,10 +73,11 @@ def random_weights(model: Any, std: float = 0.05) -> Any:
 def transformers_peer(
     family: str, config_class: str, model_class: str, *, layout: str = "transformers", prepare: Any = None,
     label: str = "", greedy: bool = True, inputs: Any = None, output: str = "logits", std: float = 0.05,
-    options: dict[str, Any] | None = None, forward: Any = None, folds: bool = False,
+    options: dict[str, Any] | None = None, forward: Any = None, folds: bool = False, saved: Any = None,
     **sizes: Any,
 ) -> Peer:  # fmt: skip
-    """A class of transformers by its names. prepare(model): called before saving. forward(model, inputs): its logits,
+    """A class of transformers by its names. prepare(model), saved(folder): called before and after
+    saving. forward(model, inputs): its logits,
     where the class needs more than the inputs of ours."""
 
     def save(folder: Path) -> Any:
@@ -87,6 +88,8 @@ def transformers_peer(
         if prepare is not None:
             prepare(model)
         model.save_pretrained(folder, **(options or {}))
+        if saved is not None:
+            saved(folder)
         return model
 
     def load(folder: Path) -> tuple[Any, list[str]]:

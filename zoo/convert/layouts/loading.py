@@ -24,6 +24,8 @@ from zoo.errors import CheckpointError
 from zoo.models.backbone import ZooPreTrainedModel
 from zoo.models.heads import TASK_CLASSES
 
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
 
 def meta_model(config: ZooConfig) -> ZooPreTrainedModel:
     """A model without numbers: every parameter and buffer has its shape and no memory."""
@@ -74,6 +76,8 @@ def load_entries(
         unread: Any = _Unread(checkpoint, entry.theirs)
         tensors = entry.read(unread)
         for name, tensor, own in zip(entry.ours, tensors, dtypes, strict=True):
+            if tensor.dtype in _FP8:
+                raise CheckpointError(f"{checkpoint.path}: {first} is fp8 without a scale that says what it stands for")
             if tensor.is_floating_point():
                 tensor = room[name].copy_(tensor) if name in room else tensor.to(own)
             _put(model, name, tensor, devices)

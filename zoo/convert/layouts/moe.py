@@ -37,7 +37,8 @@ class ExpertDecoder(Family):
 
     layout = "transformers"
     mixers: ClassVar[tuple[str, ...]] = ("attention",)
-    inert = ("z_loss", "init_scale")  # a loss of training that the classes have not, and how weights are drawn
+    # a loss of training that the classes have not, and how weights are drawn
+    inert: ClassVar[tuple[str, ...]] = ("z_loss", "init_scale")
     root = "model."
     architecture: ClassVar[str]
     place: ClassVar[str] = "mlp."
