@@ -213,6 +213,13 @@ def rotary_tables(config: RotaryConfig, head_dim: int, positions_BL: Tensor) -> 
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
+def rotary_factors(config: RotaryConfig, head_dim: int) -> Tensor:
+    """What a scaling divides the angle of each pair by at positions within the original length: (P / 2,), float32."""
+    dim, start = config.dim or head_dim, torch.zeros(1, dtype=torch.long)
+    plain_F, _ = _frequencies(config.model_copy(update={"scaling": None}), dim, start)
+    return plain_F / _frequencies(config, dim, start)[0]
+
+
 def apply_rotary(x_BHLK: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Turn the first P channels of every head by the tables of `rotary_tables`; the rest passes. Keeps the dtype."""
     dim = cos.shape[-1]

@@ -5,7 +5,7 @@ Keys and names are those of llama.cpp (gguf-py/gguf/constants.py). Quantised ten
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,16 @@ import torch
 from torch import Tensor
 
 from zoo.convert.layouts.files import Checkpoint, TensorFile
+from zoo.convert.layouts.gguf_vocabulary import add_vocabulary
 from zoo.errors import CheckpointError, ExportError
 
 MAGIC = b"GGUF"
+ROPE_FACTORS = "rope_freqs.weight"  # a tensor that says what a key could: it is among the keys here too
+# Beside vectors and norms, what is float32 in every file, as in llama.cpp's own (conversion/base.py).
+_FLOAT32 = re.compile(
+    r"(ssm_a|ssm_d|_norm\.weight|(position_embd|token_types|ssm_conv1d|ffn_gate_inp(_shexp)?)\.weight"
+    r"|time_mix_(first|w1|w2|decay_w1|decay_w2|lerp_fused)\.weight)$"
+)
 _FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # general.file_type: what most tensors are
 
 
@@ -67,6 +74,13 @@ def open_gguf(path: Path) -> Checkpoint | None:
     opened = GGUFFile(path)
     found = Checkpoint.of_file(path, GGUFFile, metadata={"format": "gguf"})
     found.config = {key: value for key, value in opened.keys().items() if key != "tokenizer.ggml.merges"}
+    if found.config.get("split.count", 1) > 1:
+        raise CheckpointError(
+            f"{path}: is one of {found.config['split.count']} parts; join them: llama-gguf-split --merge"
+        )
+    if ROPE_FACTORS in opened.shapes:
+        found.config[f"{found.config.get('general.architecture')}.{ROPE_FACTORS}"] = opened.get(ROPE_FACTORS).tolist()
+        del found.shapes[ROPE_FACTORS]
     return found
 
 
@@ -80,11 +94,11 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, keys["general.architecture"])
     writer.add_file_type(_FILE_TYPES[dtype])
     for key, value in keys.items():
-        if key != "general.architecture":
+        if key != "general.architecture" and not key.endswith(ROPE_FACTORS):
             _add(writer, key, value)
-    _add_vocabulary(writer, keys, tokenizer)
+    add_vocabulary(writer, keys[f"{keys['general.architecture']}.vocab_size"], tokenizer)
     for name, tensor in tensors:
-        small = tensor.dim() < 2 or "ssm_conv1d" in name or name.endswith((".ssm_a", ".ssm_d", "_norm.weight"))
+        small = tensor.dim() < 2 or _FLOAT32.search(name) is not None
         numbers = (tensor.float() if small or tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
         if not small and tensor.dtype == torch.bfloat16:
             kind = gguf.GGMLQuantizationType.BF16
@@ -104,33 +118,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_uint32(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
+    elif isinstance(value, list):
+        writer.add_array(key, value)
     else:
         writer.add_string(key, value)
-
-
-def _add_vocabulary(writer: Any, keys: dict[str, Any], tokenizer: Any) -> None:
-    """A byte-level BPE, as GPT-2's and its successors'; no vocabulary where there is no tokenizer."""
-    size = keys[f"{keys['general.architecture']}.vocab_size"]
-    if tokenizer is None:
-        writer.add_tokenizer_model("no_vocab")
-        return
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, text = described["model"], json.dumps(described["pre_tokenizer"])
-    if model["type"] != "BPE" or "ByteLevel" not in text:
-        raise ExportError(f"tokenizer: a {model['type']} vocabulary; only byte-level BPE can be written as GGUF here")
-    tokens = {i: token for token, i in model["vocab"].items()}
-    added = {entry["id"]: entry for entry in described["added_tokens"]}
-    tokens |= {i: entry["content"] for i, entry in added.items()}
-    kinds = [
-        3 if i in added and added[i]["special"] else 4 if i in added else 1 if i in tokens else 5 for i in range(size)
-    ]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2" if '"use_regex": true' in text else "default")
-    writer.add_token_list([tokens.get(i, f"[unused{i}]") for i in range(size)])
-    writer.add_token_types(kinds)
-    merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
-    writer.add_token_merges(merges or ["a b"])  # an empty array has no type in the format
-    for name in ("bos", "eos", "pad"):
-        if (i := getattr(tokenizer, f"{name}_token_id")) is not None:
-            getattr(writer, f"add_{name}_token_id")(i)
-    writer.add_add_bos_token(False)
