@@ -37,8 +37,10 @@ PUBLISHED = {
     "rwkv6-3b": "3.10B",
     "rwkv6-7.6b": "7.64B",
     "rwkv6-14b": "14.1B",
+    "rwkv7-168m": "168M",
     "rwkv7-191m": "191M",
     "rwkv7-450m": "451M",
+    "rwkv7-1.47b": "1.47B",
     "rwkv7-1.5b": "1.53B",
     "rwkv7-2.9b": "2.95B",
     "sliding-window-7b": "7.24B",  # Mistral-7B-v0.1

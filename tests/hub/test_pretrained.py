@@ -21,7 +21,7 @@ from zoo.registry import ModelEntry, model_config, model_entry, register_model
 from zoo.text import byte_tokenizer
 
 NAMES = zoo.list_models(pretrained=True)
-KIN = {"tinybert": "bert", "smollm2": "llama"}  # families whose checkpoints are those of another
+KIN = {"tinybert": "bert", "smollm2": "llama", "pythia": "gpt_neox"}  # families whose checkpoints are those of another
 
 
 def peer_of(entry: ModelEntry, layout: str) -> Peer:
@@ -31,7 +31,7 @@ def peer_of(entry: ModelEntry, layout: str) -> Peer:
         names = {family_for(model_config(entry.name), layout)[0].name}
     found = [peer for peer in PEERS if peer.layout == layout and peer.family in names]
     assert found, f"{entry.name}: no peer of {layout} saves {names}; there are {[p.family for p in PEERS]}"
-    return found[0]
+    return next((peer for peer in found if peer.label == entry.family), found[0])
 
 
 def small_tokenizer():

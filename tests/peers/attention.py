@@ -11,6 +11,10 @@ transformers_peer(
     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
 )  # fmt: skip
 transformers_peer(
+    "llama", "Qwen3Config", "Qwen3ForCausalLM", label="qwen3", vocab_size=97, hidden_size=32, intermediate_size=48,
+    head_dim=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+)  # fmt: skip
+transformers_peer(
     "gpt2", "GPT2Config", "GPT2LMHeadModel", vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64,
 )  # fmt: skip
 transformers_peer(
