@@ -11,6 +11,7 @@ from transformers import Zamba2Config, Zamba2ForCausalLM
 import zoo
 from zoo.cli.show import describe
 from zoo.config import ModelSpec
+from zoo.convert.layouts.family import families
 from zoo.errors import ConfigError
 from zoo.models.costs import empty_model, flops_per_token, size_of, state_bytes
 from zoo.models.memory import MemoryBlock
@@ -39,47 +40,15 @@ def both(blocks: int, adapt: bool, rope: bool, groups: int):
     mamba = {"num_heads": M, "num_groups": groups, "head_dim": N, "value_head_dim": P, "dt_floor": 0.3}
     layers = {"pattern": "mamba2", "num_hidden_layers": 7, "defaults": mamba, "memory": memory}
     ours = zoo.models.heads.ZooForCausalLM(zoo.ZooConfig(vocab_size=V, hidden_size=D, norm_eps=1e-5, layers=layers))
-    return Zamba2ForCausalLM(config), ours, lambda get: to_ours(get, blocks, adapt, groups)
+    return Zamba2ForCausalLM(config), ours, lambda get: to_ours(get, ours.config)
 
 
-def to_ours(get, blocks: int, adapt: bool, groups: int):
-    out = {"model.embed_tokens.weight": get("model.embed_tokens.weight")}
-    out |= {
-        "lm_head.weight": out["model.embed_tokens.weight"],
-        "model.norm.weight": get("model.final_layernorm.weight"),
-    }
-    for i in range(7):
-        a, use = f"model.layers.{i}", READERS.index(i) if i in READERS else None
-        theirs = a if use is None else f"{a}.mamba_decoder"
-        sizes = [M * P, M * P, groups * N, groups * N, M]
-        parts = dict(zip(("g", "v", "k", "q", "dt"), get(f"{theirs}.mamba.in_proj.weight").split(sizes), strict=True))
-        out |= {f"{a}.mixer.{n}_proj.weight": w for n, w in parts.items()}
-        for kind in ("weight", "bias"):
-            conv = get(f"{theirs}.mamba.conv1d.{kind}")
-            for n, part in zip("vkq", (conv.flatten(1) if kind == "weight" else conv).split(sizes[1:4]), strict=True):
-                out[f"{a}.mixer.{n}_conv.{kind}"] = part
-        out |= {f"{a}.mixer.{n}": get(f"{theirs}.mamba.{n}") for n in ("A_log", "D", "dt_bias")}
-        out[f"{a}.mixer.o_proj.weight"] = get(f"{theirs}.mamba.out_proj.weight")
-        out[f"{a}.mixer.norm.weight"] = get(f"{theirs}.mamba.norm.weight")
-        out[f"{a}.mixer_norm.weight"] = get(f"{theirs}.input_layernorm.weight")
-        if use is None:
-            continue
-        owner = f"model.layers.{READERS[use % blocks]}.shared_transformer"
-        out[f"{a}.memory_out.weight"] = get(f"{a}.linear.weight")
-        for ours, name in ("down", 0), ("up", 1):
-            lists = {"ffn": "feed_forward.gate_up_proj_adapter_list"}
-            lists |= {n: f"self_attn.linear_{n}_adapter_list" for n in "qkv" if adapt}
-            out |= {
-                f"{a}.adapters.{n}.{ours}.weight": get(f"{owner}.{at}.{use}.{name}.weight") for n, at in lists.items()
-            }
-        if use < blocks:
-            b = f"{a}.memory"
-            out |= {f"{b}.attention.{n}_proj.weight": get(f"{owner}.self_attn.{n}_proj.weight") for n in "qkvo"}
-            gate, up = get(f"{owner}.feed_forward.gate_up_proj.weight").chunk(2)
-            out |= {f"{b}.ffn.gate_proj.weight": gate, f"{b}.ffn.up_proj.weight": up}
-            out[f"{b}.ffn.down_proj.weight"] = get(f"{owner}.feed_forward.down_proj.weight")
-            out[f"{b}.norm.weight"] = get(f"{owner}.input_layernorm.weight")
-            out[f"{b}.ffn_norm.weight"] = get(f"{owner}.pre_ff_layernorm.weight")
+def to_ours(get, config):
+    """By the layout of its checkpoints; `get` gives parameters or gradients."""
+    family = next(f for f in families("transformers") if f.name == "zamba2")
+    out = {"lm_head.weight": get("model.embed_tokens.weight")}
+    for entry in family.entries(config):
+        out |= dict(zip(entry.ours, entry.read([get(name) for name in entry.theirs]), strict=True))
     return out
 
 
