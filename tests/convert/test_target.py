@@ -63,7 +63,7 @@ def test_refusals_come_before_any_work_and_say_why(monkeypatch):
         zoo.convert(teacher(), "sliding_window", mixer_options={"sinks": 2}, target="transformers")
     with pytest.raises(ConversionError, match=r"bamba: .*conv is None.*mixers that have one: mamba2, sliding"):
         zoo.convert(teacher(), "mamba2", mixer_options={"conv": None, "conv_bias": False}, target="transformers")
-    with pytest.raises(ConversionError, match=r"no form there.*mixers that have one: sliding_window"):
+    with pytest.raises(ConversionError, match=r"no form there.*mixers that have one: gated_delta_net, sliding_window"):
         zoo.convert(teacher(kind="Qwen3", head_dim=16), "mamba2", keep=[0], target="transformers")
     with pytest.raises(UnknownNameError, match="did you mean 'transformers'"):
         zoo.convert("no/such-teacher", "mamba2", target="transformer")

@@ -11,6 +11,7 @@ from peers.qwen3_next import SIZES
 from safetensors.torch import load_file, save_file
 
 import zoo
+from tests.convert.layouts.test_out import moved, teacher
 from zoo.config import ZooConfig
 from zoo.convert.layouts import export_model, import_checkpoint
 from zoo.errors import CheckpointError, ExportError
@@ -105,6 +106,36 @@ def test_both_classes_with_delta_net_say_why_not(tmp_path):
         export_model(zoo.create_model("qwen3-next-tiny", layers=layers), "transformers", tmp_path / "out")
     assert "qwen3_next: layers.3.mixer.gate_activation: 'silu', where the layout has 'sigmoid'" in str(refused.value)
     assert "olmo_hybrid: layers.0.ffn is moe" in str(refused.value)
-    plain = {"mixers": {"attention": {"gate": False}}}
-    with pytest.raises(ExportError, match=r"qwen3_next: layers\.3\.mixer: its attention has qk_norm and gate"):
+    plain = {"mixers": {"attention": {"qk_norm": False}}}
+    with pytest.raises(ExportError, match=r"qwen3_next: layers\.3\.mixer\.qk_norm: its attention has norms"):
         export_model(zoo.create_model("qwen3-next-tiny", layers=plain), "transformers", tmp_path / "out")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_students_of_qwen3_go_out(tmp_path, bias):
+    """Attention without a gate and plain norms: in another form, that computes the same."""
+    source = teacher("Qwen3", head_dim=16, attention_bias=bias, rms_norm_eps=1e-5)
+    student = zoo.convert(source, "gated_delta_net", keep=[1], target="transformers", calibrate=False)
+    assert not student.model.layers[1].mixer.config.gate
+    moved(student, 0.2)
+    written = export_model(student, "transformers", tmp_path)
+    assert written.name == "qwen3_next"
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(theirs).__name__ == "Qwen3NextForCausalLM"
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids_BL = torch.randint(0, 97, (2, 23))
+    expected = student(ids_BL).logits
+    for again in (theirs.eval(), import_checkpoint(tmp_path).model):
+        assert (again(ids_BL).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert import_checkpoint(tmp_path).model.model.layers[1].mixer.config.gate_activation == "sigmoid"
+    student.model.norm.weight.fill_(0.1)
+    with pytest.raises(ExportError, match=r"model\.norm\.weight: its norm adds 1 .* 1\.\de-03 in bfloat16"):
+        export_model(student.bfloat16(), "transformers", tmp_path / "half")
+
+
+def test_a_student_of_qwen3_that_was_calibrated_goes_out(tmp_path):
+    source = teacher("Qwen3", head_dim=16)
+    student = zoo.convert(source, "gated_delta_net", keep=[0], target="transformers", tokens=64, length=16)
+    assert export_model(student, "transformers", tmp_path).name == "qwen3_next"

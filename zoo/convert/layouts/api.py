@@ -199,7 +199,7 @@ def expressed(family: Family, config: ZooConfig) -> dict[str, Any]:
         return values
     written = Checkpoint(Path(family.name), values, written_shapes(family, config))
     again = ZooConfig(**{**family.fields(written), "origin": {}})
-    lost = difference(config, again, family.inert)
+    lost = difference(family.written(config), again, family.inert)
     if lost is not None:
         raise ExportError(lost)
     return values

@@ -73,10 +73,14 @@ class Family(ABC):
     def config(self, config: ZooConfig) -> dict[str, Any]:
         """Their config of a model of ours. Raises ExportError with the reason where there is none.
 
-        `fields` of what comes back must be our config again: `export_model` compares the two, so that an option
-        that has no place there is refused and not lost.
+        `fields` of what comes back must be our config again (or `written` of it): `export_model` compares the two,
+        so that an option that has no place there is refused and not lost.
         """
         raise ExportError(f"{self.layout} checkpoints of {self.name} can be read, not written")
+
+    def written(self, config: ZooConfig) -> ZooConfig:
+        """What is read back of a model of `config`, where the layout has another form of it that computes the same."""
+        return config
 
     def conversion(self, mixer: str, config: ZooConfig) -> dict[str, Any]:
         """The options that a mixer in place of attention needs, in a model of `config`, so that its layers fit here."""

@@ -157,11 +157,12 @@ class ExpertDecoder(Family):
         return self._entries(config, fused=any(n.endswith(".experts.gate_up_proj") for n in checkpoint.shapes))
 
     def _entries(self, config: ZooConfig, fused: bool) -> Iterator[Entry]:
-        yield from pairs("model.", "model.", {"embed_tokens": "embed_tokens", "norm": "norm"})
+        yield same("model.embed_tokens.weight", "model.embed_tokens.weight")
+        yield from self.norms(config, "model.", {"norm": "norm"})
         for i, layer in enumerate(config.spec.layers):
             theirs = ours = f"model.layers.{i}."
             norms = {"input_layernorm": "mixer_norm", "post_attention_layernorm": "ffn_norm"}
-            yield from pairs(theirs, ours, norms)
+            yield from self.norms(config, theirs, norms)
             yield from self.mixer_entries(layer.mixer, theirs, f"{ours}mixer.")
             if layer.ffn.name == "moe":
                 yield from self._experts(layer.ffn, theirs + self.place, f"{ours}ffn.", fused)
@@ -170,6 +171,10 @@ class ExpertDecoder(Family):
                 yield from pairs(theirs, ours, dense)
         if not config.tie_word_embeddings:
             yield same("lm_head.weight", "lm_head.weight")
+
+    def norms(self, config: ZooConfig, place: str, names: dict[str, str]) -> Iterator[Entry]:
+        """Those of norms at a place that has the same name there and here."""
+        return pairs(place, place, names)
 
     def mixer_entries(self, mixer: Any, theirs: str, ours: str) -> Iterator[Entry]:
         """Those of the sequence mixer of a layer."""

@@ -5,6 +5,9 @@ Its projections are packed head by head: queries with the gate of attention, and
 DeltaNet queries, keys, values and gate, or beta and decay. All norms but that of DeltaNet's heads multiply by
 1 + weight; they stay so here, for 1 + weight does not hold all the bits of the weight. What predicts further tokens
 (`mtp.`) is not read, nor does the class. A model without experts is one whose layers all have the dense MLP.
+
+Students of Qwen3 go out too: their attention gets a gate of sigmoid(0) with twice the output projection, their norms
+weights less one. Those of their DeltaNet layers have no bias of the gate, which the class has not, and start closed.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor
 from zoo.config import ZooConfig
 from zoo.convert.layouts.family import register_family
 from zoo.convert.layouts.files import Checkpoint
-from zoo.convert.layouts.mapping import Entry, pairs, same
+from zoo.convert.layouts.mapping import Entry, mapped, pairs, same
 from zoo.convert.layouts.moe import Qwen2Moe
 from zoo.convert.layouts.rope import write_rope
 from zoo.errors import CheckpointError, ExportError
@@ -81,6 +84,25 @@ class Qwen3Next(Qwen2Moe):
             "qk_norm_eps": c["rms_norm_eps"],
         }
 
+    def conversion(self, mixer: str, config: ZooConfig) -> dict[str, Any]:
+        heads = next((layer.mixer.num_heads for layer in config.spec.layers if layer.mixer.name == "attention"), None)
+        if mixer != "gated_delta_net" or heads is None:
+            return {}
+        off = dict.fromkeys(("gate_bias", "qk_norm", "qkv_bias", "out_bias"), False)
+        eps = config.spec.norm_eps
+        return {"conv": 4, "rotary": None, "num_kv_heads": None, "num_groups": heads, "head_norm_eps": eps, **off}
+
+    def written(self, config: ZooConfig) -> ZooConfig:
+        fields = config.spec.plain()
+        fields["norm"] = self.norm if fields["norm"] == "rms_norm" else fields["norm"]
+        for layer in fields["layers"]:
+            mixer = layer["mixer"]
+            if mixer["name"] == "attention" and mixer["qk_norm"] and mixer["qk_norm_span"] == "head":
+                mixer["qk_norm_zero_centered"] = True
+            if mixer["name"] == "attention" and not mixer["gate"]:
+                mixer |= {"gate": True, "gate_activation": "sigmoid", "gate_bias": mixer["qkv_bias"]}
+        return ZooConfig(**fields)
+
     def config(self, config: ZooConfig) -> dict[str, Any]:
         layers = config.spec.layers
         kinds = [layer.mixer.name for layer in layers]
@@ -90,8 +112,8 @@ class Qwen3Next(Qwen2Moe):
             if layer.ffn is None or layer.ffn.name not in ("gated_mlp", "moe"):
                 name = getattr(layer.ffn, "name", None)
                 raise ExportError(f"layers.{i}.ffn is {name}; its blocks have gated_mlp or moe")
-            if layer.mixer.name == "attention" and not (layer.mixer.gate and layer.mixer.qk_norm):
-                raise ExportError(f"layers.{i}.mixer: its attention has qk_norm and gate, a sigmoid")
+            if layer.mixer.name == "attention" and not layer.mixer.qk_norm:
+                raise ExportError(f"layers.{i}.mixer.qk_norm: its attention has norms of queries and keys")
             if layer.mixer.name == "gated_delta_net" and layer.mixer.conv is None:
                 raise ExportError(f"layers.{i}.mixer.conv is None; its layers have a convolution: conv 4")
         delta: Any = layers[kinds.index("gated_delta_net")].mixer.resolved(config.hidden_size)
@@ -143,11 +165,22 @@ class Qwen3Next(Qwen2Moe):
             yield from delta_net_entries(mixer, f"{theirs}linear_attn.", ours)
             return
         theirs += "self_attn."
-        for parameter in ("weight", "bias") if mixer.qkv_bias else ("weight",):
+        parameters = ("weight", "bias") if mixer.qkv_bias else ("weight",)
+        for parameter in parameters:
             names = [f"{ours}q_proj.{parameter}", f"{ours}g_proj.{parameter}"]
-            yield packed(f"{theirs}q_proj.{parameter}", names, mixer.num_heads, [mixer.head_dim, mixer.head_dim])
-            yield from pairs(theirs, ours, {f"{letter}_proj": f"{letter}_proj" for letter in "kvo"}, (parameter,))
-        yield from pairs(theirs, ours, {"q_norm": "q_norm", "k_norm": "k_norm"})
+            both = packed(f"{theirs}q_proj.{parameter}", names, mixer.num_heads, [mixer.head_dim, mixer.head_dim])
+            yield both if mixer.gate else _with_zero_gate(both)
+        yield from pairs(theirs, ours, {"k_proj": "k_proj", "v_proj": "v_proj"}, parameters)
+        o_proj = same if mixer.gate else _doubled
+        yield o_proj(f"{theirs}o_proj.weight", f"{ours}o_proj.weight")
+        if mixer.qkv_bias:
+            yield same(f"{theirs}o_proj.bias", f"{ours}o_proj.bias")
+        norm = same if mixer.qk_norm_zero_centered else _less_one
+        yield from (norm(f"{theirs}{n}_norm.weight", f"{ours}{n}_norm.weight") for n in "qk")
+
+    def norms(self, config: ZooConfig, place: str, names: dict[str, str]) -> Iterator[Entry]:
+        norm = same if config.spec.norm == self.norm else _less_one
+        return (norm(f"{place}{name}.weight", f"{place}{ours}.weight") for name, ours in names.items())
 
 
 def delta_net_entries(mixer: Any, theirs: str, ours: str) -> Iterator[Entry]:
@@ -181,3 +214,28 @@ def packed(theirs: str, ours: list[str], heads: int, sizes: list[int]) -> Entry:
         return [torch.cat([t.unflatten(0, (heads, -1)) for t in tensors], 1).flatten(0, 1)]
 
     return Entry((theirs,), tuple(ours), read, write)
+
+
+def _with_zero_gate(both: Entry) -> Entry:
+    """Queries with a gate that is the same everywhere, of `packed` queries and gate."""
+    return Entry(
+        both.theirs, both.ours[:1], lambda t: both.read(t)[:1], lambda t: both.write([t[0], torch.zeros_like(t[0])])
+    )
+
+
+def _doubled(theirs: str, ours: str) -> Entry:
+    """What goes through a gate of a half."""
+    return mapped(theirs, ours, lambda t: t / 2, lambda t: 2 * t)
+
+
+def _less_one(theirs: str, ours: str) -> Entry:
+    """The weight of a plain norm as that of one that adds 1 to it."""
+
+    def write(weight: Tensor) -> Tensor:
+        less = weight - 1
+        if not weight.is_meta and (far := (less + 1 - weight).abs().max().item()) > 1e-6:
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise ExportError(f"{ours}: its norm adds 1 to the weights, which changes these by {far:.1e} in {kind}")
+        return less
+
+    return mapped(theirs, ours, lambda t: t + 1, write)
