@@ -52,6 +52,10 @@ def test_create_model_by_name_and_revision(published, saved, logits):
     assert model.config.origin == {"hub": {"repo": NAME, "revision": published.sha}}
     assert torch.equal(logits(model), logits(zoo.create_model(str(saved))))
     assert new != published.sha
+    again = zoo.create_model(f"hf-hub:{NAME}", revision=published.sha, **published.nobody)
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(HubError, match="two revisions are given"):
+        zoo.create_model(f"hf-hub:{NAME}@main", revision=published.sha, **published.nobody)
     half = zoo.create_model(f"hf-hub:{NAME}@{published.sha}", dtype=torch.bfloat16, **published.nobody)
     assert next(half.parameters()).dtype == torch.bfloat16
 
@@ -186,10 +190,12 @@ def test_files_by_name(hub, tmp_path):
     sha = hub.publish("them/rwkv", {"RWKV-4.pth": b"x" * 5000, "RWKV-5.pth": b"y" * 5000, "README.md": b"# RWKV\n"})
     taken = zoo.pull("them/rwkv", tmp_path / "out", files=["RWKV-4.pth"], **hub.nobody)
     assert (taken.revision, taken.files) == (sha, ("README.md", "RWKV-4.pth"))
-    with pytest.raises(HubError, match=r"them/rwkv: has no file 'RWKV-6\.pth'"):
+    with pytest.raises(HubError, match=rf"them/rwkv: has no file 'RWKV-6\.pth' at {sha}; did you mean"):
         zoo.pull("them/rwkv", tmp_path / "other", files=["RWKV-6.pth"], **hub.nobody)
-    with pytest.raises(HubError, match=r"holds no model .* name a file of it"):
+    with pytest.raises(HubError, match=r"holds no model .*, but RWKV-4\.pth, RWKV-5\.pth; name one with files="):
         zoo.pull("them/rwkv", tmp_path / "other", **hub.nobody)
+    assert hub.count("GET", "/RWKV-5") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out"]
 
 
 def test_old_weights_are_taken_only_where_there_are_no_others(hub, tmp_path):

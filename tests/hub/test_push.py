@@ -93,6 +93,15 @@ def test_a_model_object(hub, logits, tmp_path):
     assert hub.repos["alice/saved"].files["model.safetensors"].data == (tmp_path / "model.safetensors").read_bytes()
 
 
+def test_a_name_alone_is_ones_own(hub, saved, tmp_path):
+    assert zoo.push(saved, "retnet", dry_run=True, **hub.bob).repo == "bob/retnet"
+    pushed = zoo.push(saved, "retnet", **hub.alice)
+    assert (pushed.repo, pushed.changed) == (NAME, True)
+    assert not zoo.push(saved, "retnet", **hub.alice).changed
+    zoo.create_model("retnet-tiny").save_pretrained(tmp_path / "mine", push_to_hub=True, **hub.alice)
+    assert "alice/mine" in hub.repos
+
+
 def test_public_must_be_said(hub, saved):
     zoo.push(saved, "alice/open", private=False, **hub.alice)
     assert not hub.repos["alice/open"].private
@@ -162,12 +171,13 @@ def test_a_tag_that_did_not_arrive_comes_with_the_next_call(hub, saved):
     [
         ("nobody", NAME, "not logged in; log in with `hf auth login` or set HF_TOKEN"),
         ("bob", NAME, r"alice/retnet: forbidden; you need a token that may write there \(You don't have the rights"),
-        ("alice", "retnet", "'retnet': write the repository as org/name"),
         ("alice", "alice/../x", "is not a repository: write it as org/name"),
         ("alice", "alice/a--b", "is not a repository"),
         ("alice", "alice/a b", "is not a repository"),
         ("alice", "alice/a\n", "is not a repository"),
-        ("alice", "https://huggingface.co/alice/a", "is not a repository"),
+        ("alice", "https://huggingface.co/alice/a", "is not a repository: .*; did you mean 'alice/a'?"),
+        ("alice", "https://huggingface.co/alice/a/tree/dev", "did you mean 'alice/a@dev'?"),
+        ("nobody", "retnet", "not logged in; log in with `hf auth login`"),
     ],
 )
 def test_who_may_not_and_what_is_no_name(hub, saved, who, name, message):
@@ -202,6 +212,8 @@ def test_no_network(hub, saved, monkeypatch):
 
 
 def test_folders_that_are_not_pushed(hub, model_folder, tmp_path):
+    with pytest.raises(CheckpointError, match="modl: no such folder; did you mean 'model'"):
+        zoo.push(tmp_path / "modl", NAME, **hub.alice)
     with pytest.raises(CheckpointError, match=r"no config\.json in it; push the folder of a saved model"):
         zoo.push(tmp_path, NAME, **hub.alice)
     (model_folder / "run.json").write_text("{}")
@@ -254,6 +266,7 @@ def test_numbers_that_belong_to_other_weights(hub, model_folder, tmp_path):
     refused("# A card\n", "{}", r"score\.json: not a score")
     refused("# A card\n", score(own), r"README\.md:1: is not what was measured and recorded here")
     refused(marked, None, r"README\.md: was measured on other weights")
+    refused("---\nlicense: mit\ntags: [a\n---\n", None, r"README\.md:3: its front matter is not valid YAML")
     refused("---\nmodel-index: [{name: m}]\n---\n# A card\n", None, "which weights its results .model-index. belong to")
     (beside / ".eval_results" / "zoo.yaml").write_text("[]")
     refused("# A card\n", None, r"zoo\.yaml: no score\.json says which weights these results belong to")

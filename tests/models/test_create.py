@@ -9,6 +9,7 @@ import torch
 
 import zoo
 from zoo.errors import CheckpointError, UnknownNameError
+from zoo.models.create import read_config
 
 
 @pytest.fixture
@@ -36,6 +37,14 @@ def test_a_missing_folder(saved):
     assert refused(saved.parent / "modle") == f"{saved.parent}/modle: no such folder; did you mean 'model'?"
     with pytest.raises(UnknownNameError):
         zoo.create_model("modle")
+
+
+def test_a_repository_instead_of_a_folder():
+    assert refused("org/name").endswith("org/name: no such folder; a model of the Hub is written hf-hub:org/name")
+    with pytest.raises(
+        CheckpointError, match=r"hf-hub:org/name: no such folder here; take it first: zoo pull org/name"
+    ):
+        read_config("hf-hub:org/name")
 
 
 def test_an_empty_folder(tmp_path):

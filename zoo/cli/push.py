@@ -12,7 +12,10 @@ from zoo.cli.common import JsonOption, only_json_on_stdout, print_json, print_ta
 
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a saved model.")],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="The repository, org/name; made where there is none.")],
+    repo: Annotated[
+        str,
+        typer.Argument(metavar="REPO", help="The repository, org/name or a name of yours; made where there is none."),
+    ],
     public: Annotated[
         bool, typer.Option("--public/--private", help="Everybody may see it. Without this it is private.")
     ] = False,
@@ -69,7 +72,7 @@ def push(
         where = pushed.url if revision is None else f"{pushed.url}@{revision}"
         where = f"a pull request at {where}" if create_pr else where
         say(f"would go to {where} ({seen}): {total}; nothing was sent")
-    elif create_pr:
-        say(f"{pushed.pull_request or 'nothing to propose: it is there already'} ({seen}): {total}")
-    else:
-        say(f"{pushed.url}@{pushed.tag or pushed.revision} ({seen}, commit {pushed.commit}): {total}")
+        return
+    where = pushed.pull_request or f"{pushed.url}@{pushed.tag or pushed.revision}"
+    what = total if pushed.changed else "all of it was there already"
+    say(f"{where} ({seen}, commit {pushed.commit}): {what}")

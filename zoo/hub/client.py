@@ -31,8 +31,11 @@ def check_repo(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError:
+        page = re.fullmatch(r"https?://[^/]+/([\w.-]+/[\w.-]+)(?:/tree/([\w.-]+))?/?", repo)
+        hint = "" if page is None else f"; did you mean {page[1] + (f'@{page[2]}' if page[2] else '')!r}?"
         raise HubError(
             f"{repo!r} is not a repository: write it as org/name, of letters, digits and single . - _ between them"
+            + hint
         ) from None
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zoo.errors import CheckpointError
+from zoo.errors import CheckpointError, did_you_mean
 from zoo.hub.weights import INDEX, weight_files
 
 CODE = "modeling_zoo.py"
@@ -57,6 +57,9 @@ def collect(folder: str | Path, card: str | Path | None = None) -> Contents:
     link that leads out of it.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        near = [p.name for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
+        raise CheckpointError(f"{folder}: no such folder{did_you_mean(folder.name, near)}")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in it; push the folder of a saved model")
     if (folder / "run.json").is_file() and not (folder / "train.json").is_file():

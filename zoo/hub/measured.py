@@ -41,7 +41,7 @@ def check_card(files: Mapping[str, Path], digest: str, scratch: Path) -> None:
             raise CheckpointError(f"{file}: no score.json says which weights these results belong to; {again}")
     if card := files.get("README.md"):
         text = card.read_text(encoding="utf-8")
-        if _numbers_of_its_own(text):
+        if _numbers_of_its_own(text, card):
             raise CheckpointError(
                 f"{card}: no score.json says which weights its results (model-index) belong to; {again}"
             )
@@ -61,12 +61,12 @@ def check_old_card(text: str, digest: str, repo: str) -> None:
         )
 
 
-def _numbers_of_its_own(card: str) -> bool:
-    block = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+def _numbers_of_its_own(text: str, card: Path) -> bool:
+    block = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     try:
         values = yaml.safe_load(block[1]) if block else None
     except yaml.YAMLError as error:
-        raise CheckpointError(
-            f"README.md: its front matter is not valid YAML: {' '.join(str(error).split())}"
-        ) from None
+        at, said = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "odd characters"
+        line = "" if at is None else f":{at.line + 2}"
+        raise CheckpointError(f"{card}{line}: its front matter is not valid YAML: {said}") from None
     return isinstance(values, dict) and "model-index" in values

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoo.errors import CheckpointError, HubError
+from zoo.errors import CheckpointError, HubError, did_you_mean
 from zoo.hub.client import check_file_names, check_repo, check_revision, client, explained, parse_reference
 from zoo.hub.contents import BESIDE_WEIGHTS, CODE, PICKLES, WEIGHTS, matches
 from zoo.hub.weights import INDEX, SINGLE, tensor_files, weight_files
 
 OWN = ".cache"  # where huggingface_hub keeps, inside a folder, what it needs to go on with a download
+UNUSUAL = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".onnx", ".ckpt")  # weights, but under which name?
 PICTURES = ("*.png", "*.svg", "*.jpg")
 OF_THE_HUB = ("token", "endpoint", "cache_dir", "local_files_only")  # options that are not of `from_pretrained`
 
@@ -70,45 +71,85 @@ def snapshot(
     place: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only}
     with explained(repo, revision, api=api):
         sha = api.resolve_revision(repo, revision=revision, **place).resolved
-    place |= {"into": into}
     beside = (*BESIDE_WEIGHTS, CODE, *(PICTURES if card else ()))
-    usual = WEIGHTS if weights else ()
-    found, there = _fetch(api, repo, sha, (*beside, *(files or usual)), place)
-    if weights and not files and not any(matches(name, WEIGHTS) for name in there):
-        found, there = _fetch(api, repo, sha, (*beside, *PICKLES), place)
-    if missing := [name for name in files if name not in there]:
-        raise HubError(f"{repo}: has no file {missing[0]!r} at {sha}")
-    return Snapshot(found, repo, sha, there)
+    listed, unreachable = _list(api, repo, sha, place)
+    usual = tuple(files) or ((_weights_of(listed, repo, sha) if listed else WEIGHTS) if weights else ())
+    if listed and (missing := [name for name in files if name not in listed]):
+        raise HubError(f"{repo}: has no file {missing[0]!r} at {sha}{did_you_mean(missing[0], listed)}")
+    folder = _fetch(api, repo, sha, (*beside, *usual), {**place, "local_dir": into}, listed, unreachable)
+    names = _chosen(folder, (*beside, *usual), listed)
+    if not listed and usual == WEIGHTS and not any(matches(name, WEIGHTS) for name in names):
+        names = _chosen(folder, (*beside, *PICKLES), listed)
+    if missing := [name for name in files if name not in names]:
+        raise HubError(f"{repo}: has no file {missing[0]!r} at {sha} in the cache")
+    return Snapshot(folder, repo, sha, names)
 
 
-def _fetch(
-    api: Any, repo: str, sha: str, patterns: tuple[str, ...], place: dict[str, Any]
-) -> tuple[Path, tuple[str, ...]]:
-    """The folder in which the files of a commit are that the patterns name, and their names."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+def _weights_of(listed: Mapping[str, str], repo: str, sha: str) -> tuple[str, ...]:
+    """The usual names of weights that a repository has. Raises HubError for one that has none of them."""
+    for usual in (WEIGHTS, PICKLES):
+        if any(matches(name, usual) for name in listed):
+            return usual
+    others = [name for name in listed if name.endswith(UNUSUAL)]
+    has = f", but {', '.join(others[:5])}; name one with files=[...] (--file)" if others else ""
+    raise HubError(f"{repo}: holds no model at {sha}: no {WEIGHTS[0]}{has}")
 
-    wanted: dict[str, Any] = {"revision": sha, "cache_dir": place["cache_dir"], "allow_patterns": list(patterns)}
-    # Only with the list of all files on the disk can be told whether a snapshot there is whole.
-    listed = _listed(repo, sha, place["cache_dir"])
-    if listed:
-        check_file_names(list(listed), repo)
-        try:
-            return _chosen(api.snapshot_download(repo, **wanted, local_files_only=True), patterns, listed)
-        except LocalEntryNotFoundError:
-            pass
-    with explained(repo, sha, api=api):
-        if not listed and not place["local_files_only"]:
+
+def _list(api: Any, repo: str, sha: str, place: Mapping[str, Any]) -> tuple[dict[str, str], Exception | None]:
+    """All files of a commit, and why they are not known, where only the cache can be asked."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    listed, unreachable = _listed(repo, sha, place["cache_dir"]), None
+    if not listed and not place["local_files_only"]:
+        with explained(repo, sha, api=api):
             try:
-                listed = {f.path: "" for f in api.list_repo_tree(repo, revision=sha, recursive=True)}
+                tree = api.list_repo_tree(repo, revision=sha, recursive=True)
+                listed = {f.path: f.blob_id for f in tree if hasattr(f, "blob_id")}
             except (OfflineModeIsEnabled, HTTPError) as error:
                 if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                     raise
-                return _chosen(_without_the_hub(api, repo, wanted, error), patterns)
-            check_file_names(list(listed), repo)
-        here = {"local_files_only": place["local_files_only"], "local_dir": place["into"]}
-        if place["into"] is not None:
-            _from_cache(repo, wanted, listed, place["into"])
-        return _chosen(api.snapshot_download(repo, **wanted, **here), patterns, listed)
+                unreachable = error
+    check_file_names(list(listed), repo)
+    return listed, unreachable
+
+
+def _fetch(
+    api: Any,
+    repo: str,
+    sha: str,
+    patterns: tuple[str, ...],
+    place: dict[str, Any],
+    listed: Mapping[str, str],
+    unreachable: Exception | None,
+) -> Path:
+    """The folder of a commit, in the cache or `local_dir`, once all its files that the patterns name are there."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wanted = {"revision": sha, "cache_dir": place["cache_dir"], "allow_patterns": list(patterns)}
+    with explained(repo, sha, api=api):
+        # Only with the list of all files can be told whether a snapshot in the cache is whole. There is none of what
+        # transformers put there, which is taken as it is where the Hub cannot be asked.
+        if _listed(repo, sha, place["cache_dir"]) or unreachable is not None:
+            try:
+                return Path(api.snapshot_download(repo, **wanted, local_files_only=True))
+            except LocalEntryNotFoundError:
+                if unreachable is not None:
+                    raise unreachable from None
+        if place["local_dir"] is not None:
+            _from_cache(repo, sha, _chosen(place["local_dir"], patterns, listed), place)
+        return Path(api.snapshot_download(repo, **{**place, **wanted}))
+
+
+def _from_cache(repo: str, sha: str, names: Sequence[str], place: Mapping[str, Any]) -> None:
+    """Copy what the cache has of the files that are wanted."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in names:
+        cached = try_to_load_from_cache(repo, name, cache_dir=place["cache_dir"], revision=sha)
+        target = place["local_dir"] / name
+        if isinstance(cached, str) and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _copy(Path(cached), target)
 
 
 def _listed(repo: str, sha: str, cache_dir: str | Path | None, folder: Path | None = None) -> dict[str, str]:
@@ -123,36 +164,12 @@ def _listed(repo: str, sha: str, cache_dir: str | Path | None, folder: Path | No
     return {f.path: f.blob_id if f.lfs is None else f.lfs.sha256 for f in tree}
 
 
-def _chosen(
-    folder: str | Path, patterns: Sequence[str], listed: Mapping[str, str] | None = None
-) -> tuple[Path, tuple[str, ...]]:
-    """A folder and the names in it that were asked for: of those that are listed, or that are there."""
+def _chosen(folder: Path, patterns: Sequence[str], listed: Mapping[str, str]) -> tuple[str, ...]:
+    """The files that were asked for: of those that are listed, or, without a list, that are in the folder."""
     from huggingface_hub.utils import filter_repo_objects
 
-    folder = Path(folder)
     names = listed or [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-    return folder, tuple(sorted(filter_repo_objects(list(names), allow_patterns=list(patterns))))
-
-
-def _from_cache(repo: str, wanted: dict[str, Any], listed: Mapping[str, str], into: Path) -> None:
-    """Copy what the cache has of the files that are wanted."""
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in _chosen(into, wanted["allow_patterns"], listed)[1]:
-        cached = try_to_load_from_cache(repo, name, cache_dir=wanted["cache_dir"], revision=wanted["revision"])
-        if isinstance(cached, str) and not (into / name).exists():
-            (into / name).parent.mkdir(parents=True, exist_ok=True)
-            _copy(Path(cached), into / name)
-
-
-def _without_the_hub(api: Any, repo: str, wanted: dict[str, Any], error: Exception) -> Path:
-    """What transformers put into the cache, which keeps no list of a repository's files; else `error`."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(api.snapshot_download(repo, **wanted, local_files_only=True))
-    except LocalEntryNotFoundError:
-        raise error from None
+    return tuple(sorted(filter_repo_objects(list(names), allow_patterns=list(patterns))))
 
 
 def pull(
@@ -186,24 +203,18 @@ def pull(
     """
     from zoo.convert.api import _put_in_place, check_output
 
-    repo, at = parse_reference(repo)
-    if at is not None and revision is not None and at != revision:
-        raise HubError(f"two revisions are given, {at!r} and {revision!r}")
+    repo, revision = _one_revision(repo, revision)
     out = Path(out)
     check_output(out, overwrite)
     part = out.parent / f".{out.name}.zoo-pull"
     with _alone(part, out):
         try:
             taken = snapshot(
-                repo, revision or at, files=files, card=True, into=part,
+                repo, revision, files=files, card=True, into=part,
                 token=token, endpoint=endpoint, cache_dir=cache_dir,
             )  # fmt: skip
             _gather(taken, part, cache_dir)
             shutil.rmtree(part / OWN, ignore_errors=True)
-            if not any(matches(name, (*WEIGHTS, *PICKLES, *files)) for name in taken.files):
-                raise HubError(
-                    f"{repo}: holds no model at {taken.revision}; name a file of it with files=[...] (--file)"
-                )
             if (part / SINGLE).is_file() or (part / INDEX).is_file():
                 tensor_files(weight_files(part))
             _record_origin(part / "config.json", taken)
@@ -305,17 +316,25 @@ def origin(taken: Snapshot) -> dict[str, dict[str, str]]:
     return {"hub": {"repo": taken.repo, "revision": taken.revision}}
 
 
+def _one_revision(reference: str, revision: str | None) -> tuple[str, str | None]:
+    """Repository and revision, which may be in the reference or beside it."""
+    repo, at = parse_reference(reference)
+    if at is not None and revision is not None and at != revision:
+        raise HubError(f"two revisions are given, {at!r} and {revision!r}")
+    return repo, at or revision
+
+
 def load(reference: str, **options: Any) -> Any:
     """The model of ``[hf-hub:]org/name[@revision]``: what `create_model` gives for such a name.
 
-    `options` are those of `from_pretrained` (``dtype``), and token, endpoint, cache_dir, local_files_only. No code of
-    the repository is run. Raises HubError, and CheckpointError where the repository holds no complete zoo model.
+    `options` are those of `from_pretrained` (``dtype``), and revision, token, endpoint, cache_dir, local_files_only.
+    No code of the repository is run. Raises HubError, and CheckpointError where it holds no complete zoo model.
     """
     from transformers import PreTrainedConfig
 
     from zoo.models.create import load_folder
 
-    repo, revision = parse_reference(reference)
+    repo, revision = _one_revision(reference, options.pop("revision", None))
     taken = snapshot(repo, revision, **{key: options.pop(key) for key in OF_THE_HUB if key in options})
     if "config.json" not in taken.files:
         raise HubError(f"{repo}: holds no model at {taken.revision}: no config.json in it")

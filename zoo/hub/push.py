@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import CheckpointError, HubError
-from zoo.hub.client import GO_ON, check_repo, check_revision, client, explained
+from zoo.hub.client import GO_ON, LOGIN, check_repo, check_revision, client, explained
 from zoo.hub.contents import CODE, MEASURED, WEIGHTS, collect, matches
 from zoo.hub.measured import check_card, check_old_card
 from zoo.hub.shards import reshard, size_in_bytes
@@ -27,7 +27,7 @@ class Pushed:
 
     files: path in the repository -> bytes. stays: what else is in the folder and does not belong on the Hub. removed:
     weights and scores of the version before that are no longer there. revision: the branch. pull_request: its address,
-    where it was one.
+    where it was one. changed: False where all of it was there already.
     """
 
     repo: str
@@ -40,6 +40,7 @@ class Pushed:
     tag: str | None = None
     revision: str = MAIN
     pull_request: str | None = None
+    changed: bool = True
 
     @property
     def size(self) -> int:
@@ -72,7 +73,7 @@ def push(
 
     Args:
         model: the folder of a saved model, or a model; with `model.tokenizer` where it has one.
-        repo: ``org/name``; it is made where there is none.
+        repo: ``org/name``, or the name of one's own; it is made where there is none.
         private: whether it may be public; False must be said, also where the repository is public already.
         card: README.md, or a folder with it and what was measured; by default those of the model's folder.
         tag: a name for this version; by default v1, v2, ... on main, and none elsewhere.
@@ -91,8 +92,6 @@ def push(
         CheckpointError: no complete model, a card whose numbers belong to other weights.
     """
     check_repo(repo)
-    if "/" not in repo:
-        raise HubError(f"{repo!r}: write the repository as org/name")
     for name in (tag, revision):
         if name is not None:
             check_revision(name, repo)
@@ -105,10 +104,21 @@ def push(
         folder = model if isinstance(model, str | Path) else _saved(model, Path(scratch) / "model", max_shard_size)
         files, stays, digest = _prepared(Path(folder), card, Path(scratch), max_shard_size, with_code)
         api = client(endpoint, token)
+        repo = _full_name(repo, api)
         sizes = {name: file.stat().st_size for name, file in files.items()}
         url = f"{api.endpoint}/{repo}"
         plan = Pushed(repo, url, private, sizes, stays, [], tag=tag, revision=revision or MAIN)
         return plan if dry_run else _send(plan, files, digest, message, create_pr, api)
+
+
+def _full_name(repo: str, api: Any) -> str:
+    """``org/name``; a name alone is one's own repository, as in huggingface_hub."""
+    if "/" in repo:
+        return repo
+    if api.token is False:
+        raise HubError(f"{api.endpoint}: not logged in; {LOGIN}")
+    with explained(repo, api=api, doing="writing"):
+        return f"{api.whoami()['name']}/{repo}"
 
 
 def _saved(model: Any, folder: Path, max_shard_size: int | str) -> Path:
@@ -194,7 +204,7 @@ def _send(
                 )
             api.create_tag(repo, tag=tag, revision=commit.oid)
     done = {"private": bool(there.private), "removed": removed, "commit": commit.oid, "tag": tag}
-    return replace(plan, **done, pull_request=commit.pr_url)
+    return replace(plan, **done, pull_request=commit.pr_url, changed=commit.oid != there.sha)
 
 
 def _operations(files: Mapping[str, Path], there: Any, digest: str, api: Any) -> tuple[list[Any], list[str]]:

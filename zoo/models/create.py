@@ -59,7 +59,7 @@ def read_config(folder: str | Path) -> ZooConfig:
     folder = Path(folder)
     if not folder.is_dir():
         siblings = [p.name for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
-        raise CheckpointError(f"{folder}: no such folder{did_you_mean(folder.name, siblings)}")
+        raise CheckpointError(f"{folder}: no such folder{_on_the_hub(folder) or did_you_mean(folder.name, siblings)}")
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: no config.json in it; a saved model has config.json and model.safetensors")
@@ -74,6 +74,16 @@ def read_config(folder: str | Path) -> ZooConfig:
         )
     _refuse_code(values, path)
     return ZooConfig.from_pretrained(folder)
+
+
+def _on_the_hub(folder: Path) -> str:
+    """What to do about a folder that is not there, and has the name of a repository."""
+    name = str(folder)
+    if name.startswith("hf-hub:"):
+        return f" here; take it first: zoo pull {name.removeprefix('hf-hub:')} --out DIR"
+    if len(folder.parts) == 2 and not folder.parent.is_dir() and not folder.is_absolute():
+        return f"; a model of the Hub is written hf-hub:{name}"
+    return ""
 
 
 def _refuse_code(values: dict[str, Any], path: Path) -> None:
