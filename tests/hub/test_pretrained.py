@@ -131,7 +131,7 @@ def test_a_tag_that_means_a_commit(hub, tagged, logits, monkeypatch, tmp_path):
     assert torch.equal(logits(model), logits(tagged))
     assert hub.count("GET", f"a/one/resolve/{old}/") > 0
     assert hub.count("GET", f"a/one/resolve/{new}/") == 0
-    with pytest.raises(CheckpointError):
+    with pytest.raises(HubError, match=f"a/one: holds no model at {new}"):
         zoo.create_model("pinned-tiny.then", pretrained=True, revision="main", **hub.nobody)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     made = CliRunner().invoke(app, ["import", "pinned-tiny.then", "--out", str(tmp_path / "imported")])
