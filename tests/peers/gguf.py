@@ -78,12 +78,14 @@ def changed(name, t, turn, groups):
     return {name.replace(".dt_bias", ".dt_proj.bias"): t}
 
 
-def saver(kind, architecture, keys, *, model_class="ForCausalLM", turn=False, groups=0, extra=None, **sizes):
+def saver(
+    kind, architecture, keys, *, model_class="ForCausalLM", turn=False, groups=0, extra=None, options=None, **sizes
+):
     def save(folder):
         import transformers
 
         config = getattr(transformers, f"{kind}Config")(**sizes)
-        model = random_weights(getattr(transformers, kind + model_class)(config))
+        model = random_weights(getattr(transformers, kind + model_class)(config, **(options or {})))
         found = {}
         for name, t in model.state_dict().items():
             if name != "lm_head.weight" or not config.tie_word_embeddings:
@@ -180,6 +182,21 @@ for _family, _save in {
     _name, _, _label = _family.partition("-")
     _options = {"file": "model.gguf", "package": "gguf", "label": _label}
     peer(Peer("gguf", _name, _save, lambda m, given: m(**given).logits, tokens(V), **_options))
+
+BERT_KEYS = {
+    "context_length": 128, "embedding_length": 32, "block_count": 2, "feed_forward_length": 48, "vocab_size": V,
+    "attention.head_count": 4, "attention.layer_norm_epsilon": 1e-12, "attention.causal": False, "pooling_type": 1,
+}  # fmt: skip
+
+
+_bert = {key: size for key, size in SIZES.items() if key not in ("num_key_value_heads", "rms_norm_eps")}
+_save = saver("Bert", "bert", BERT_KEYS, model_class="Model", options={"add_pooling_layer": False}, **_bert)
+peer(
+    Peer(
+        "gguf", "bert", _save, lambda m, given: m(**given).last_hidden_state, tokens(V), greedy=False,
+        file="model.gguf", package="gguf",
+    )
+)  # fmt: skip
 
 # --- RWKV, from the tensors of the authors' files ---------------------------------------------------------------------
 

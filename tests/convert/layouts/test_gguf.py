@@ -64,8 +64,8 @@ def plain_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="aA")
 
 
-def running(path):
-    """llama.cpp with a file."""
+def parameters(path):
+    """Of llama.cpp with a file."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp comes with the package xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
@@ -73,7 +73,12 @@ def running(path):
     params.cpuparams.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # which rounds to half
-    return xllamacpp.Server(params)
+    return params
+
+
+def running(path):
+    """llama.cpp with a file."""
+    return pytest.importorskip("xllamacpp").Server(parameters(path))
 
 
 def answers(path, prompt, length=12):
@@ -217,6 +222,81 @@ def test_the_vocabulary_inside_is_found(rule, tmp_path):
         assert found.tokenizer(TEXT).input_ids == words(TEXT).input_ids
     by_text, by_tokens = (answers(tmp_path / "out" / "model.gguf", p) for p in (TEXT, words(TEXT).input_ids))
     assert by_text == by_tokens != []
+
+
+def pieces(merged=True):
+    """SentencePiece's BPE as transformers has it; not merged: a pair of tokens that make one has no merge."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *sorted({*TEXT.replace(" ", ""), "\u2581"})]
+    words.remove("ü")
+    joined = [
+        "he",
+        "th",
+        "\u2581t",
+        "at",
+        "the",
+        "\u2581the",
+        "\u2581c",
+        "cat",
+        "\u2581cat",
+        "\u2581\u2581",
+        "12",
+        "34",
+        "1234",
+        "en",
+    ]
+    vocab = {word: i for i, word in enumerate(words + joined)}
+    splits = [[(w[:at], w[at:]) for at in range(1, len(w)) if {w[:at], w[at:]} <= vocab.keys()] for w in joined]
+    merges = [pair for split in splits for pair in (split if merged else split[:1])]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in words[:3]])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def test_sentencepieces_vocabulary_is_read_by_llama_cpp(tmp_path):
+    words = pieces()
+    ids = words(TEXT).input_ids
+    assert ids[0] == 1  # the first token of a text
+    assert any(3 <= i < 259 for i in ids)  # bytes of an ü
+    model = zoo.create_model("llama-tiny", vocab_size=len(words))
+    export_model(model, "gguf", tmp_path / "out", tokenizer=words)
+    by_text, by_tokens = (answers(tmp_path / "out" / "model.gguf", p) for p in (TEXT, ids))
+    assert by_text == by_tokens != []
+    with pytest.raises(ExportError, match="make a token and are not merged"):
+        export_model(model, "gguf", tmp_path / "refused", tokenizer=pieces(merged=False))
+
+
+def test_llama_cpp_embeds_sentences(tmp_path):
+    """Near, for it takes another form of GELU from a table; of the text, so that the vocabulary is used too."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp comes with the package xllamacpp")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "sat", "on", "mat", ",", "un", "##like"]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {f"{word.strip('[]').lower()}_token": word for word in words[:5]}
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    plain = {"pooling": "mean", "pooler": None, "mlm_transform": False, "lm_head_bias": False}
+    model = zoo.create_model("bert-tiny", task="sentence-embedding", vocab_size=len(words), **plain).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    assert export_model(model, "gguf", tmp_path / "out", tokenizer=made).name == "bert"
+    params = parameters(tmp_path / "out" / "model.gguf")
+    params.embedding, params.pooling_type = True, xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
+    server = xllamacpp.Server(params)
+    for text in ("The cats sat on the mat, unlike the cat", "un cat zebra"):
+        got = torch.tensor(server.handle_embeddings({"input": text})["data"][0]["embedding"])
+        with torch.no_grad():
+            expected = model(**made(text, return_tensors="pt")).pooler_output[0]
+        assert torch.dot(got, expected) > 0.9995
 
 
 def test_other_vocabularies_are_refused(tmp_path):

@@ -7,6 +7,7 @@
     gguf_ssm.py         Mamba, Falcon Mamba, Mamba-2
     gguf_hybrids.py     Bamba, Falcon-H1
     gguf_rwkv.py        RWKV-6, RWKV-7
+    gguf_encoders.py    BERT
 
 Names and keys are those of gguf-py (gguf/constants.py), what is done to the numbers is in llama.cpp's conversion/*.py,
 and what a model must look like in its src/models/*.cpp: https://github.com/ggml-org/llama.cpp.
@@ -38,12 +39,13 @@ def tidy(number: float) -> float:
 class GGUF(Family):
     """A family of llama.cpp.
 
-    architecture: its name there. norm, positions, embedding_norm: what its models have; see `ModelSpec`.
+    architecture: its name there. block, norm, positions, embedding_norm: what its models have; see `ModelSpec`.
     """
 
     layout = "gguf"
     own_format = "a GGUF file"
     architecture: ClassVar[str]
+    block: ClassVar[str] = "pre_norm"
     norm: ClassVar[str] = "rms_norm"
     positions: ClassVar[str] = "none"
     embedding_norm: ClassVar[bool] = False
@@ -98,7 +100,7 @@ class GGUF(Family):
         """Their keys that all have, and `more` of the architecture."""
         spec = config.spec
         found = (spec.block, spec.norm, spec.positions, spec.embedding_norm)
-        if found != ("pre_norm", self.norm, self.positions, self.embedding_norm):
+        if found != (self.block, self.norm, self.positions, self.embedding_norm):
             raise ExportError(f"block, norm or positions are not those of llama.cpp's {self.architecture}")
         common = {
             "context_length": spec.max_position_embeddings,
