@@ -202,6 +202,8 @@ VARIANTS = {
     "several chunks to either side": {"causal": False, "chunks_before": 2, "chunks_after": 1, "num_hashes": 3},
     "within buckets": {"across_buckets": False, "num_buckets": [2, 4], "chunk": 7, "rotary": {"theta": 100.0}},
     "no neighbours": {"chunks_before": 0, "chunk": 11, "num_hashes": 1, "value_head_dim": 6},
+    "own keys": {"shared_qk": False, "qk_norm": True, "chunk": 7, "rotary": {"theta": 100.0}},
+    "own keys, two-sided": {"shared_qk": False, "causal": False, "chunks_after": 1, "across_buckets": False},
 }
 
 
@@ -241,8 +243,9 @@ def run(mixer, x_BLD, sizes, mask_BL=None):
     return torch.cat(parts, 1)
 
 
-def test_what_follows_the_first_piece_does_not_depend_on_how_it_is_cut():
-    mixer, x_BLD = lsh(), torch.randn(2, 30, D, dtype=torch.double)
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_follows_the_first_piece_does_not_depend_on_how_it_is_cut(shared):
+    mixer, x_BLD = lsh(shared_qk=shared), torch.randn(2, 30, D, dtype=torch.double)
     with torch.no_grad():
         steps = run(mixer, x_BLD, [9] + [1] * 21)
         for sizes in ([9, 21], [9, 1, 13, 7]):
@@ -252,8 +255,9 @@ def test_what_follows_the_first_piece_does_not_depend_on_how_it_is_cut():
         assert largest_error(run(mixer, x_BLD, [1] * 30), steps) > 1e-3
 
 
-def test_padded_rows_go_on_as_they_do_alone():
-    mixer, x_BLD = lsh(), torch.randn(2, 26, D, dtype=torch.double)
+@pytest.mark.parametrize("shared", [True, False])
+def test_padded_rows_go_on_as_they_do_alone(shared):
+    mixer, x_BLD = lsh(shared_qk=shared), torch.randn(2, 26, D, dtype=torch.double)
     mask_BL = torch.ones(2, 26, dtype=torch.bool)
     mask_BL[0, :6], mask_BL[1, 3:5], mask_BL[1, 20] = False, False, False
     poisoned = x_BLD.masked_fill(~mask_BL[..., None], torch.nan)
@@ -295,6 +299,7 @@ def test_seeds_hash_differently_and_rotations_are_not_saved():
     ("lsh_attention", {"chunks_after": 1}, r"chunks_after \(1\) must be 0 in the causal form"),
     ("local_attention", {"chunks_after": 2}, r"chunks_after \(2\) must be 0 in the causal form"),
     ("lsh_attention", {"num_kv_heads": 1}, "num_kv_heads"),
+    ("lsh_attention", {"qk_norm": True}, "qk_norm needs shared_qk: false"),
     ("lsh_attention", {"num_bucket": 8}, "did you mean 'num_buckets'"),
 ])  # fmt: skip
 def test_impossible_options_are_refused(name, options, message):
@@ -363,10 +368,25 @@ def shared_teacher(causal, asymmetry):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_lsh_conversion_starts_near_and_improves(causal):
+def test_with_own_keys_a_conversion_is_exact_within_a_chunk_and_more_hashes_miss_less(causal):
+    attention = teacher(causal=causal, sharpness=2.0)
+    exact, one, eight = (
+        convert(attention, "lsh_attention", chunk=16, num_buckets=8, num_hashes=n) for n in (4, 1, 8)
+    )  # fmt: skip
+    assert relative_error(exact, attention, length=16) < 1e-5
+    errors = [relative_error(student, attention) for student in (eight, exact, one)]
+    assert 1e-3 < errors[0] < errors[1] < errors[2] < 0.7
+    paper = convert(attention, "lsh_attention", chunk=16, num_buckets=8, shared_qk=True)
+    assert errors[1] < 0.6 * relative_error(paper, attention)
+    align(exact, attention, steps=40)
+    assert relative_error(exact, attention) < 0.98 * errors[1]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_shared_lsh_conversion_starts_near_and_improves(causal):
     attention = shared_teacher(causal, 0.3)
-    student = convert(attention, "lsh_attention", chunk=16, num_buckets=8)
-    untaught = convert(attention, "lsh_attention", chunk=16, num_buckets=8)
+    student = convert(attention, "lsh_attention", chunk=16, num_buckets=8, shared_qk=True)
+    untaught = convert(attention, "lsh_attention", chunk=16, num_buckets=8, shared_qk=True)
     torch.manual_seed(0)
     torch.nn.init.normal_(untaught.q_proj.weight, std=D**-0.5)
     start = relative_error(student, attention)
@@ -403,5 +423,8 @@ def test_grouped_heads_rotary_and_qk_norm_convert():
         torch.manual_seed(0)
         attention = Attention(AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, **options), D)
         student = convert(attention, "lsh_attention", chunk=64)
-        assert student.v_proj.weight.shape == (32, D)
-        assert relative_error(student, attention) < 0.7
+        assert student.v_proj.weight.shape == student.k_proj.weight.shape == (32, D)
+        assert relative_error(student, attention) < 1e-5
+        shared = convert(attention, "lsh_attention", chunk=64, shared_qk=True)
+        assert shared.v_proj.weight.shape == (32, D)
+        assert relative_error(shared, attention) < 0.7

@@ -26,15 +26,17 @@ def gradients(y, tensors):
     return torch.autograd.grad((y * weights).sum(), tensors)
 
 
+@pytest.mark.parametrize("own_keys", [False, True], ids=["shared", "own keys"])
 @pytest.mark.parametrize("length", [1, 4, 5, 9, 23])
 @pytest.mark.parametrize("options", [
     {}, {"causal": False}, {"causal": False, "after": 1}, {"before": 2, "scale": 1.5}, {"before": 0},
     {"across_buckets": False}, {"across_buckets": False, "causal": False, "after": 1},
 ], ids=str)  # fmt: skip
-def test_lsh_is_the_reference(length, options):
+def test_lsh_is_the_reference(length, options, own_keys):
     x, v, buckets = inputs(length)
-    tensors = [t.requires_grad_() for t in (x, v)]
-    ys = [f(x, v, buckets, chunk=4, **options) for f in (lsh_attention, lsh_attention_reference)]
+    k = inputs(length, seed=1)[0] if own_keys else None
+    tensors = [t.requires_grad_() for t in (x, v, k) if t is not None]
+    ys = [f(x, v, buckets, keys_BHLK=k, chunk=4, **options) for f in (lsh_attention, lsh_attention_reference)]
     torch.testing.assert_close(*ys, **CLOSE)
     for got, expected in zip(*(gradients(y, tensors) for y in ys), strict=True):
         torch.testing.assert_close(got, expected, **CLOSE)
@@ -49,6 +51,10 @@ def test_every_row_is_as_long_as_it_says(options):
         alone = lsh_attention(*(t[row : row + 1, :, :n] for t in (x, v, buckets)), chunk=4, **options)
         torch.testing.assert_close(y[row : row + 1, :, :n], alone, **CLOSE)
         assert not y[row, :, n:].any()
+        own = lsh_attention(x, v, buckets, keys_BHLK=x.flip(0), chunk=4, length_B=length_B, **options)
+        alone = (t[row : row + 1, :, :n] for t in (x, v, buckets))
+        alone = lsh_attention(*alone, keys_BHLK=x.flip(0)[row : row + 1, :, :n], chunk=4, **options)
+        torch.testing.assert_close(own[row : row + 1, :, :n], alone, **CLOSE)
     empty = lsh_attention(x, v, buckets, chunk=4, length_B=torch.tensor([0, 3]))
     assert empty.isfinite().all()
     assert not empty[0].any()
@@ -64,13 +70,14 @@ def test_one_chunk_is_attention_without_oneself():
     torch.testing.assert_close(causal[:, :, 1], v[:, :, 0], **CLOSE)
 
 
+@pytest.mark.parametrize("meets_itself", [False, True])
 @pytest.mark.parametrize("length", [1, 4, 5, 7, 8, 22])
 @pytest.mark.parametrize("before", [0, 1, 2])
-def test_decoding_is_the_reference(length, before):
+def test_decoding_is_the_reference(length, before, meets_itself):
     x, v, buckets = inputs(length)
-    k = unit_rms(x)
-    got = lsh_decode(x[:, :, -1:], k, v, buckets, chunk=4, before=before)
-    expected = lsh_step_reference(x[:, :, -1:], k, v, buckets, chunk=4, before=before)
+    k, options = unit_rms(x), {"chunk": 4, "before": before, "meets_itself": meets_itself}
+    got = lsh_decode(x[:, :, -1:], k, v, buckets, **options)
+    expected = lsh_step_reference(x[:, :, -1:], k, v, buckets, **options)
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
@@ -149,6 +156,8 @@ def test_shapes_that_do_not_fit_are_refused():
     x, v, buckets = inputs(6)
     with pytest.raises(ConfigError, match="do not fit together"):
         lsh_attention(x, v, buckets[:, :, :5], chunk=4)
+    with pytest.raises(ConfigError, match="not of the shape of the queries"):
+        lsh_attention(x, v, buckets, keys_BHLK=x[:, :1], chunk=4)
     with pytest.raises(ConfigError, match="6 new positions but 5 in all"):
         lsh_decode(x, *(t[:, :, :5] for t in (x, v, buckets)), chunk=4)
 

@@ -22,7 +22,7 @@ from transformers import initialization as init
 from zoo.linear import Linear
 from zoo.mixers.base import AttentionStats, AttentionWeights, Traits
 from zoo.mixers.qkv import Inputs, QKVOptions
-from zoo.mixers.recurrent import FeatureMap, RecurrentMixer, feature_map, lookback
+from zoo.mixers.recurrent import FeatureMap, RecurrentMixer, feature_map, lookback, softmax_features
 from zoo.registry import register_mixer
 
 
@@ -52,8 +52,7 @@ class GatedLinearAttention(RecurrentMixer):
 
     def mix(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         c = self.config
-        if c.feature_map is not None:
-            q_BHLK, k_BGLK = feature_map(c.feature_map, q_BHLK), feature_map(c.feature_map, k_BGLK)
+        q_BHLK, k_BGLK = feature_map(c.feature_map, q_BHLK), feature_map(c.feature_map, k_BGLK)
         logit_BLE = self.decay_up(self.decay_down(inputs.x_BLD))
         logit_BLE = logit_BLE.to(torch.promote_types(logit_BLE.dtype, torch.float32))
         log_decay_BLE = F.logsigmoid(logit_BLE) / c.tau
@@ -66,8 +65,7 @@ class GatedLinearAttention(RecurrentMixer):
 
     @classmethod
     def conversion_defaults(cls, attention: AttentionWeights) -> dict[str, Any]:
-        # Products of softmax features are about 1 / head_dim: the scale brings them to one, far above the norm's eps.
-        return {"gate_bias": True, "feature_map": "softmax", "scale": float(attention.head_dim)}
+        return {"gate_bias": True, **softmax_features(attention)}
 
     def start_from(self, attention: AttentionWeights, stats: AttentionStats | None) -> None:
         # a = sigmoid(b)^(1/tau) = 2^(-1/d); expm1 keeps the digits of decays close to one.

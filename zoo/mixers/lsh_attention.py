@@ -16,10 +16,14 @@ keys, values and buckets of all positions.
 Rotations are drawn from `seed`, the same for every call, so results can be repeated; transformers draws the same ones
 for its `hash_seed`. With `redraw`, training draws new ones in every forward pass, as the published models were trained.
 
-Conversion cannot be exact, for attention has queries that differ from its keys. It starts from the nearest shared
-projection: the score x_i^T M x_j of a head, M = W_q^T W_k, is replaced by the positive part of M's symmetric half, the
-best approximation of rank K by a product of a vector with itself. Rotary positions do not commute with that; there it
-starts from the mean of queries and keys.
+With `shared_qk: false`, which is not in the paper, keys have a projection of their own and are not normalised, a position
+sees itself as any other, and q_t / |q_t| + k_t / |k_t| decides its bucket. So a conversion starts: every projection is
+copied, up to `chunk` tokens it is attention itself, and beyond it misses what hashing misses.
+
+With `shared_qk: true` a conversion cannot be exact, for attention has queries that differ from its keys. It starts from
+the nearest shared projection: the score x_i^T M x_j of a head, M = W_q^T W_k, is replaced by the positive part of M's
+symmetric half, the best approximation of rank K by a product of a vector with itself. Rotary positions do not commute
+with that; there it starts from the mean of queries and keys.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from transformers import initialization as init
 
+from zoo.config import MixerOptions
 from zoo.errors import ConversionError
 from zoo.mixers.attention import append
 from zoo.mixers.base import AttentionWeights, Traits
@@ -50,11 +55,12 @@ class LSHAttentionConfig(QKVOptions):
 
     num_buckets: even; about 2 * length / chunk is the authors' advice. A list of even numbers hashes by digits.
     across_buckets: positions in one chunk see each other whatever their buckets, as in the published models.
+    shared_qk: queries are keys, as in the paper; see the module docstring. qk_norm needs keys of their own.
     """
 
     name: Literal["lsh_attention"] = "lsh_attention"
-    num_kv_heads: None = None  # type: ignore[assignment]  # keys are the queries
-    qk_norm: Literal[False] = False  # type: ignore[assignment]
+    num_kv_heads: None = None  # type: ignore[assignment]  # each head sorts its own
+    shared_qk: bool = True
     conv: None = None  # type: ignore[assignment]
     chunk: int = Field(64, ge=1, le=1 << 20)
     chunks_before: int = Field(1, ge=0, le=64)
@@ -77,7 +83,9 @@ class LSHAttentionConfig(QKVOptions):
         return value
 
     @model_validator(mode="after")
-    def _nothing_later(self) -> LSHAttentionConfig:
+    def _fits(self) -> LSHAttentionConfig:
+        if self.shared_qk and self.qk_norm:
+            raise ValueError("qk_norm needs shared_qk: false, for keys that are queries have a norm already")
         return refuse_later_chunks(self)
 
     @property
@@ -88,7 +96,7 @@ class LSHAttentionConfig(QKVOptions):
 
 @register_mixer("lsh_attention")
 class LSHAttention(QKVMixer):
-    """LSH attention; see the module docstring. `q_proj` makes the vectors that are queries and keys."""
+    """LSH attention; see the module docstring. `q_proj` makes the vectors that are queries and, without a `k_proj`, keys."""
 
     Config = LSHAttentionConfig
     traits = Traits(causal=True, bidirectional=True, state="grows", splits="within_chunk")
@@ -98,7 +106,7 @@ class LSHAttention(QKVMixer):
 
     def __init__(self, config: LSHAttentionConfig, width: int, own_projections: bool = True) -> None:
         super().__init__(config, width, own_projections)
-        if own_projections:
+        if own_projections and config.shared_qk:
             del self.k_proj
         shape = (config.num_heads, config.head_dim, config.num_hashes, sum(config.bucket_sizes) // 2)
         self.register_buffer("rotations_HKRM", torch.empty(shape, dtype=torch.float32), persistent=False)
@@ -115,8 +123,10 @@ class LSHAttention(QKVMixer):
             init.copy_(self.rotations_HKRM, self._draw().to(self.rotations_HKRM.device))
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """The shared vectors twice, and the values, by head."""
+        """The shared vectors twice, or queries and keys, and the values, by head."""
         c, x_BLD = self.config, inputs.x_BLD
+        if not c.shared_qk:
+            return super().project(inputs)
         q_BHLK = self.q_proj(x_BLD).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
         v_BHLV = self.v_proj(x_BLD).unflatten(-1, (-1, c.value_dim)).transpose(1, 2)
         if c.rotary is not None:
@@ -129,27 +139,31 @@ class LSHAttention(QKVMixer):
         rotations = self.rotations_HKRM
         if c.redraw and self.training and state is None:
             rotations = torch.randn_like(rotations)
-        buckets_BHLR = decided(lambda: hash_buckets(q_BHLK, rotations, c.bucket_sizes))
+        hashed_BHLK = q_BHLK if c.shared_qk else F.normalize(q_BHLK, dim=-1) + F.normalize(k_BGLK, dim=-1)
+        buckets_BHLR = decided(lambda: hash_buckets(hashed_BHLK, rotations, c.bucket_sizes))
+        parts = (q_BHLK, v_BGLV, buckets_BHLR) if c.shared_qk else (q_BHLK, v_BGLV, buckets_BHLR, k_BGLK)
         if state is None:
-            return self._whole(q_BHLK, v_BGLV, buckets_BHLR, inputs), {}
-        tensors = append(state, unit_rms(q_BHLK), v_BGLV, inputs.mask_BL, {"buckets": buckets_BHLR.int()})
+            return self._whole(parts, inputs), {}
+        keys_BHLK = unit_rms(q_BHLK) if c.shared_qk else k_BGLK
+        tensors = append(state, keys_BHLK, v_BGLV, inputs.mask_BL, {"buckets": buckets_BHLR.int()})
         if state.length == 0:
-            return self._whole(q_BHLK, v_BGLV, buckets_BHLR, inputs), tensors
+            return self._whole(parts, inputs), tensors
         S = state.length + q_BHLK.shape[2]
         k_BHSK, v_BHSV, buckets_BHSR = (tensors[name][:, :, :S] for name in ("k", "v", "buckets"))
         y_BHLV = lsh_decode(
             q_BHLK, k_BHSK, v_BHSV, buckets_BHSR, chunk=c.chunk, before=c.chunks_before, scale=c.softmax_scale,
-            across_buckets=c.across_buckets, mask_BS=tensors["mask"][:, :S] if "mask" in tensors else None,
+            across_buckets=c.across_buckets, meets_itself=not c.shared_qk,
+            mask_BS=tensors["mask"][:, :S] if "mask" in tensors else None,
         )  # fmt: skip
         return y_BHLV, tensors
 
-    def _whole(self, x_BHLK: Tensor, v_BHLV: Tensor, buckets_BHLR: Tensor, inputs: Inputs) -> Tensor:
-        """Rows that are whole sequences, or hold them packed."""
+    def _whole(self, parts: tuple[Tensor, ...], inputs: Inputs) -> Tensor:
+        """Rows that are whole sequences, or hold them packed: queries, values, buckets and maybe keys."""
         c = self.config
-        rows = find_sequences((x_BHLK.shape[0], x_BHLK.shape[2]), inputs.mask_BL, inputs.segments_BL)
-        parts = (x_BHLK, v_BHLV, buckets_BHLR)
+        rows = find_sequences(tuple(inputs.x_BLD.shape[:2]), inputs.mask_BL, inputs.segments_BL)
+        x, v, buckets, *keys = parts if rows is None else (rows.split_heads(y) for y in parts)
         y = lsh_attention(
-            *(parts if rows is None else (rows.split_heads(x) for x in parts)), chunk=c.chunk, before=c.chunks_before,
+            x, v, buckets, keys_BHLK=keys[0] if keys else None, chunk=c.chunk, before=c.chunks_before,
             after=c.chunks_after, causal=c.causal, scale=c.softmax_scale, across_buckets=c.across_buckets,
             length_B=None if rows is None else rows.length_R,
         )  # fmt: skip
@@ -169,14 +183,20 @@ class LSHAttention(QKVMixer):
         return {"num_kv_heads": None, "chunk": 16, "num_buckets": 8, "num_hashes": 2}
 
     @classmethod
-    def conversion_defaults(cls, attention: AttentionWeights) -> dict[str, Any]:
-        """Values get a head for each query head; four rounds."""
-        return {"num_kv_heads": None, "qk_norm": False, "num_hashes": 4}
+    def config_from_attention(cls, attention: AttentionWeights, **options: Any) -> MixerOptions:
+        """Keys of their own unless `options` say otherwise; a head of keys and values for each query head; four rounds."""
+        defaults = {"num_kv_heads": None, "shared_qk": False, "num_hashes": 4}
+        if options.get("shared_qk"):
+            defaults["qk_norm"] = False
+        return super().config_from_attention(attention, **{**defaults, **options})
 
     @torch.no_grad()
     def copy_projections(self, attention: AttentionWeights) -> None:
-        """W_v and W_o copied (values repeated for grouped heads), the shared projection from W_q and W_k."""
+        """All of them (grouped heads repeated), or W_v and W_o and the shared projection from W_q and W_k."""
         a, c = attention, self.config
+        if not c.shared_qk:
+            super().copy_projections(attention)
+            return
         if (a.num_heads, a.head_dim, a.value_head_dim) != (c.num_heads, c.head_dim, c.value_dim):
             raise ConversionError(
                 f"mixer {self.name!r} with {c.num_heads} heads of {c.head_dim} and values of {c.value_dim} cannot copy "

@@ -8,7 +8,7 @@ In the words of attention: C is the query, B the key, x the value, `head_dim` th
 `norm_groups` parts of the inner width, after the gate. `num_groups` heads of B and C are shared by the heads of x.
 The state is one matrix (N, P) per head. Conversion (Wang et al. 2024, arXiv 2408.15237): C, B, x from W_q, W_k, W_v
 with grouped heads as in attention, dt 1 and A such that the measured look-back is the half-life, D 0, open gate, norm
-per head, no convolution.
+per head, no convolution, and softmax features of C and B, so that their products are positive as attention's weights.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ from zoo.mixers.qkv import Inputs
 from zoo.mixers.recurrent import (
     LN2,
     SOFTPLUS_ONE,
+    FeatureMap,
     GroupedOptions,
     RecurrentMixer,
+    feature_map,
     grouped_heads,
     inverse_softplus_times,
     lookback,
+    softmax_features,
     softplus32,
     spread_groups,
 )
@@ -44,7 +47,7 @@ class Mamba2Config(GroupedOptions):
 
     step_bias: whether the steps' projection has a bias beside `dt_bias`, as where all projections of a published model
     have one. dt_min, dt_max: range from which `reset_parameters` draws the steps of the heads. dt_floor: no step is
-    smaller (Zamba2).
+    smaller (Zamba2). feature_map: of C and B, behind their convolutions; converted layers have one.
     """
 
     name: Literal["mamba2"] = "mamba2"
@@ -60,6 +63,7 @@ class Mamba2Config(GroupedOptions):
     dt_min: float = Field(0.001, gt=0, le=10)
     dt_max: float = Field(0.1, gt=0, le=10)
     dt_floor: float = Field(0.0, ge=0, le=10)
+    feature_map: FeatureMap | None = None
 
     @model_validator(mode="after")
     def _norm_divides(self) -> Mamba2Config:
@@ -103,6 +107,7 @@ class Mamba2(RecurrentMixer):
         self.reset_parameters(0.02)
 
     def mix(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        q_BHLK, k_BGLK = (feature_map(self.config.feature_map, x) for x in (q_BHLK, k_BGLK))
         q_BHLK, k_BGLK = spread_groups(self.config, q_BHLK, k_BGLK)
         dt_BGL = softplus32(self.dt_proj(inputs.x_BLD), self.dt_bias).transpose(1, 2)
         if self.config.dt_floor:
@@ -137,7 +142,8 @@ class Mamba2(RecurrentMixer):
 
     @classmethod
     def conversion_defaults(cls, attention: AttentionWeights) -> dict[str, Any]:
-        return {"conv": None, "conv_bias": False, "gate_bias": True, "norm_groups": attention.num_heads}
+        plain = {"conv": None, "conv_bias": False, "gate_bias": True, "norm_groups": attention.num_heads}
+        return {**plain, **softmax_features(attention)}
 
     def start_from(self, attention: AttentionWeights, stats: AttentionStats | None) -> None:
         self.dt_proj.weight.zero_()

@@ -92,12 +92,25 @@ def two_sided(
     return ahead + back.flip(2) - own_BHLV
 
 
-def feature_map(name: str, x: Tensor) -> Tensor:
-    """Positive features of queries or keys, in at least float32: "elu" is elu + 1, "softmax" is over the head."""
+def feature_map(name: str | None, x: Tensor) -> Tensor:
+    """Positive features of queries or keys, in at least float32: "elu" is elu + 1, "softmax" is over the head, None
+    leaves them as they are.
+
+    What starts from attention needs them where scores are not weights: softmax weights are positive, the products of
+    plain queries and keys are as often negative, so that sums of values have nothing in common with attention's means.
+    """
+    if name is None:
+        return x
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if name == "elu":
         return x.clamp(max=0).exp() + x.relu()  # elu(x) + 1 without the cancellation at x << 0
     return x.relu() if name == "relu" else x.softmax(-1)
+
+
+def softmax_features(attention: AttentionWeights) -> dict[str, Any]:
+    """Options of a converted mixer: features, and a scale that brings their products, about 1 / head_dim, to one, far
+    above the eps of the norm behind them."""
+    return {"feature_map": "softmax", "scale": float(attention.head_dim)}
 
 
 def lookback(attention: AttentionWeights, stats: AttentionStats | None, heads: int) -> Tensor:

@@ -4,8 +4,9 @@
 
 with one constant gamma per head, 1 - 2^(-5-h) by default, rotary positions on q and k (xPos without its own decay,
 which gamma is), and a norm per head. The state is one matrix (K, V) per key/value head. The two-sided form decays with
-the distance to either side. Conversion: gamma with the measured look-back as half-life, open gate, the scale of
-attention's outputs in W_o.
+the distance to either side. Conversion: gamma with the measured look-back as half-life, softmax features of queries and
+keys (the published layer has none), so that their products are positive as attention's weights are, open gate, the
+scale of attention's outputs in W_o.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers import initialization as init
 from zoo import ops
 from zoo.mixers.base import AttentionStats, AttentionWeights, Traits
 from zoo.mixers.qkv import Inputs, QKVOptions
-from zoo.mixers.recurrent import RecurrentMixer, lookback, two_sided
+from zoo.mixers.recurrent import FeatureMap, RecurrentMixer, feature_map, lookback, softmax_features, two_sided
 from zoo.ops.rotary import RotaryConfig
 from zoo.registry import register_mixer
 
@@ -35,6 +36,7 @@ class RetentionConfig(QKVOptions):
     decay_norm: divide y_t by the square root of the sum of its decays, as the paper (section 2.2) and the official code
     do before the norm per head. What that norm leaves of it is its eps, which counts where values are small: in a fresh
     model of the official code 1e-2 of the logits. Its successors leave it out.
+    feature_map: of queries and keys, behind their positions; converted layers have one.
     """
 
     name: Literal["retention"] = "retention"
@@ -46,6 +48,7 @@ class RetentionConfig(QKVOptions):
     learn_decay: bool = False
     decay_norm: bool = False
     first_decay: float = Field(5.0, ge=0, le=64)  # gamma of head 0 is 1 - 2 ** -first_decay
+    feature_map: FeatureMap | None = None
 
 
 def published_rotary(head_dim: int) -> RotaryConfig:
@@ -78,6 +81,7 @@ class Retention(RecurrentMixer):
 
     def mix(self, q_BHLK: Tensor, k_BGLK: Tensor, v_BGLV: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         scale, log_decay_G = self.config.softmax_scale, F.logsigmoid(self.decay_logit_G)
+        q_BHLK, k_BGLK = (feature_map(self.config.feature_map, x) for x in (q_BHLK, k_BGLK))
         if self.config.causal:
             y_BHLV, state = self.recur(q_BHLK, k_BGLK, v_BGLV, inputs, log_decay_G, scale)
         else:
@@ -121,7 +125,7 @@ class Retention(RecurrentMixer):
 
     @classmethod
     def conversion_defaults(cls, attention: AttentionWeights) -> dict[str, Any]:
-        return {"gate_bias": True, "learn_decay": True}
+        return {"gate_bias": True, "learn_decay": True, **softmax_features(attention)}
 
     def start_from(self, attention: AttentionWeights, stats: AttentionStats | None) -> None:
         self.decay_logit_G.copy_(torch.logit(2 ** (-1 / lookback(attention, stats, self.config.kv_heads))))

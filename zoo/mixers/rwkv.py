@@ -18,7 +18,7 @@ from transformers import initialization as init
 from zoo.linear import Linear
 from zoo.mixers.base import AttentionWeights
 from zoo.mixers.qkv import Inputs, QKVOptions
-from zoo.mixers.recurrent import FeatureMap, RecurrentMixer, feature_map
+from zoo.mixers.recurrent import FeatureMap, RecurrentMixer, feature_map, softmax_features
 from zoo.ops.shift import token_shift
 
 
@@ -74,7 +74,7 @@ class RWKVMixer(RecurrentMixer):
         """As in the base class, and the feature map behind."""
         q_BHLK, k_BGLK = super().norm_and_rotate(q_BHLK, k_BGLK, inputs)
         name = self.config.feature_map
-        return (q_BHLK, k_BGLK) if name is None else (feature_map(name, q_BHLK), feature_map(name, k_BGLK))
+        return feature_map(name, q_BHLK), feature_map(name, k_BGLK)
 
     def close(self, y_BHLV: Tensor, inputs: Inputs, bonus_BHLV: Tensor | None = None) -> Tensor:
         """The norm per head, what is added behind it, and the output gate; by head again."""
@@ -111,7 +111,7 @@ class RWKVMixer(RecurrentMixer):
     @classmethod
     def conversion_defaults(cls, attention: AttentionWeights) -> dict[str, Any]:
         # Products of softmax features are about 1 / head_dim: the scale brings them to one, far above the norm's eps.
-        return {"feature_map": "softmax", "scale": float(attention.head_dim)}
+        return softmax_features(attention)
 
 
 class NormPerHead(nn.Module):

@@ -5,7 +5,8 @@ Queries and keys are one vector per position; keys are normalised to root mean s
 vector to a bucket by its angle (Andoni et al. 2015, arXiv:1509.02897): argmax of [x R; -x R] for a random R. Positions
 are sorted by bucket, then by place, and cut into chunks of C; a chunk sees itself and its neighbours. All rounds stand
 in one ring of chunks: the first chunk of a round looks back at the last of the round before, as in the authors' code.
-A query meets itself only where it meets nobody else. Rounds are combined by the log-sum-exp of their scores, so a key
+A query meets itself only where it meets nobody else; keys of their own may be given instead of the normalised vectors,
+and then a position is met by itself as by any other. Rounds are combined by the log-sum-exp of their scores, so a key
 that is met in several rounds counts several times, as in the published models (the paper's formula divides by that).
 
 Shapes: B batch, H heads, L positions, K and V head sizes, R hash rounds, N chunks of C positions a round, X = B * H
@@ -66,6 +67,7 @@ def lsh_attention(
     v_BHLV: Tensor,
     buckets_BHLR: Tensor,
     *,
+    keys_BHLK: Tensor | None = None,
     chunk: int,
     before: int = 1,
     after: int = 0,
@@ -76,8 +78,9 @@ def lsh_attention(
 ) -> Tensor:
     """Attention in sorted chunks; returns y_BHLV.
 
-    x_BHLK: the shared query-key vectors.
+    x_BHLK: the shared query-key vectors, or the queries.
     buckets_BHLR: from `hash_buckets`.
+    keys_BHLK: keys of their own, taken as they are; None: the normalised `x_BHLK`, which do not meet themselves.
     chunk, before, after: C, and how many chunks a chunk sees to either side.
     causal: a query sees nothing later. Which earlier positions it meets still depends on later ones, for they shift
         the borders of chunks.
@@ -88,12 +91,13 @@ def lsh_attention(
 
     Sums are in float32 at least. Raises ConfigError where shapes do not fit.
     """
-    _check(x_BHLK, v_BHLV, buckets_BHLR)
+    given = (x_BHLK, v_BHLV) if keys_BHLK is None else (x_BHLK, v_BHLV, keys_BHLK)
+    _check(x_BHLK, keys_BHLK, v_BHLV, buckets_BHLR)
     (b, h, length, k), r, dtype = x_BHLK.shape, buckets_BHLR.shape[-1], v_BHLV.dtype
     n = -(-length // chunk)
     T = n * chunk
     high = torch.promote_types(x_BHLK.dtype, torch.float32)
-    x, v = (F.pad(y.flatten(0, 1).to(high), (0, 0, 0, T - length)) for y in (x_BHLK, v_BHLV))
+    x, v, *keys = (F.pad(y.flatten(0, 1).to(high), (0, 0, 0, T - length)) for y in given)
     ends_X = torch.full((b * h,), length, device=x.device) if length_B is None else length_B.repeat_interleave(h)
     buckets_XRT = F.pad(buckets_BHLR.flatten(0, 1).long().mT, (0, T - length))
     order_XRT = _sort(buckets_XRT, torch.arange(T, device=x.device) < ends_X[:, None, None])
@@ -107,8 +111,9 @@ def lsh_attention(
         ids = sorted_XNC.flatten(0, 1), take(sorted_XNC, look_XNJ.flatten(1), 1).view(b * h * r * n, -1)
     with no_autocast(x):
         sequence_Q1 = torch.arange(b * h, device=x.device).repeat_interleave(r * n)[:, None]
-        pairs = Pairs(own_XNC.flatten(0, 1), seen_XNJ.flatten(0, 1), T * sequence_Q1, ends_X[sequence_Q1], causal, ids)
-        rows = (y.flatten(0, 1) for y in (x, unit_rms(x), v))
+        own, seen, ends_Q1 = own_XNC.flatten(0, 1), seen_XNJ.flatten(0, 1), ends_X[sequence_Q1]
+        pairs = Pairs(own, seen, T * sequence_Q1, ends_Q1, causal, bool(keys), ids)
+        rows = (y.flatten(0, 1) for y in (x, keys[0] if keys else unit_rms(x), v))
         y_QCV, total_QC = _Chunks.apply(*rows, pairs, k**-0.5 if scale is None else scale)
         y_XNCV, total_XNC = (y.unflatten(0, (b * h, r * n)) for y in (y_QCV, total_QC))
         back_XT = (invert(order_XRT) + T * torch.arange(r, device=x.device)[:, None]).flatten(1)
@@ -132,6 +137,7 @@ def lsh_decode(
     before: int = 1,
     scale: float | None = None,
     across_buckets: bool = True,
+    meets_itself: bool = False,
     mask_BS: Tensor | None = None,
 ) -> Tensor:
     """The last L of S positions, each as if it came alone after those before it; returns y_BHLV.
@@ -140,12 +146,13 @@ def lsh_decode(
     chunks before it, in a ring of the sequence so far and with whole chunks, as transformers decodes: near the ends of
     the ring a key may come twice. Up to `chunk` positions it sees every one, once.
 
-    x_BHLK: the shared vectors of the new positions. k_BHSK, v_BHSV, buckets_BHSR: normalised keys, values and buckets
-        of all positions. mask_BS: False positions are not there, whatever they hold as long as it is finite.
+    x_BHLK: the shared vectors, or queries, of the new positions. k_BHSK, v_BHSV, buckets_BHSR: keys, values and buckets
+        of all positions. meets_itself: for keys that are not the normalised shared vectors. mask_BS: False positions
+        are not there, whatever they hold as long as it is finite.
     """
     B, H, L = x_BHLK.shape[:3]
     S, R = buckets_BHSR.shape[2:]
-    _check(k_BHSK, v_BHSV, buckets_BHSR)
+    _check(k_BHSK, None, v_BHSV, buckets_BHSR)
     if S < L:
         raise ConfigError(f"{L} new positions but {S} in all: the new ones are the last of them")
     step = max(1, _SORTED_AT_ONCE // (B * H * R * S))
@@ -155,7 +162,7 @@ def lsh_decode(
         at_L = torch.arange(S - L + start, S - L + min(start + step, L), device=x_BHLK.device)
         seen, exists = _seen_in_decoding(buckets_BHSR, at_L, mask_BS, chunk, before, across_buckets)
         x = x_BHLK[:, :, start : start + step]
-        parts.append(_decode_part(x, k_BHSK, v_BHSV, seen, exists, at_L, scale))
+        parts.append(_decode_part(x, k_BHSK, v_BHSV, seen, exists, None if meets_itself else at_L, scale))
     y_BHLV = torch.cat(parts, 2)
     return y_BHLV if mask_BS is None else y_BHLV.masked_fill(~mask_BS[:, None, S - L :, None], 0)
 
@@ -183,7 +190,8 @@ def _seen_in_decoding(
     return seen, exists.expand_as(seen)
 
 
-def _decode_part(x_BHLK, k_BHSK, v_BHSV, seen: Tensor, exists: Tensor, at_L: Tensor, scale: float) -> Tensor:
+def _decode_part(x_BHLK, k_BHSK, v_BHSV, seen: Tensor, exists: Tensor, at_L: Tensor | None, scale: float) -> Tensor:
+    """The positions `at_L` do not meet themselves."""
     (b, h, length, _), dtype = x_BHLK.shape, v_BHSV.dtype
     high = torch.promote_types(x_BHLK.dtype, torch.float32)
     index_XJ, visible = seen.flatten(0, 1).flatten(1), exists.flatten(0, 1).flatten(2)[:, :, None]
@@ -191,7 +199,7 @@ def _decode_part(x_BHLK, k_BHSK, v_BHSV, seen: Tensor, exists: Tensor, at_L: Ten
         keys, values = (
             take(y.flatten(0, 1), index_XJ, 1).unflatten(1, (length, -1)).to(high) for y in (k_BHSK, v_BHSV)
         )
-        itself = seen.flatten(0, 1).flatten(2)[:, :, None] == at_L[:, None, None]
+        itself = None if at_L is None else seen.flatten(0, 1).flatten(2)[:, :, None] == at_L[:, None, None]
         y, _ = _attend(x_BHLK.flatten(0, 1)[:, :, None].to(high), keys, values, scale, visible, itself)
     return y[:, :, 0].unflatten(0, (b, h)).to(dtype)
 
@@ -200,6 +208,7 @@ class Pairs(NamedTuple):
     """Who may meet whom: for each of Q chunks the places of its C queries and of the J keys it looks at.
 
     first_Q1: the row of the chunk's sequence among all rows; ends_Q1: how many of its places are real.
+    meets_itself: whether a position meets itself like any other.
     ids: queries and keys meet if these are equal, (Q, C) and (Q, J); () for no such rule.
     """
 
@@ -208,17 +217,19 @@ class Pairs(NamedTuple):
     first_Q1: Tensor
     ends_Q1: Tensor
     causal: bool
+    meets_itself: bool
     ids: tuple[Tensor, ...]
 
-    def part(self, chosen: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows of queries and keys, and which pairs are visible and which are one position with itself (.., C, J)."""
+    def part(self, chosen: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Rows of queries and keys, and which pairs are visible and which are to be no pair unless alone (.., C, J)."""
         own_QC, seen_QJ, first_Q1 = self.own_QC[chosen], self.seen_QJ[chosen], self.first_Q1[chosen]
         visible = (seen_QJ < self.ends_Q1[chosen])[:, None]
         if self.causal:
             visible = visible & (seen_QJ[:, None] <= own_QC[..., None])
         if self.ids:
             visible = visible & (self.ids[0][chosen, :, None] == self.ids[1][chosen, None])
-        return own_QC + first_Q1, seen_QJ + first_Q1, visible, own_QC[..., None] == seen_QJ[:, None]
+        itself = None if self.meets_itself else own_QC[..., None] == seen_QJ[:, None]
+        return own_QC + first_Q1, seen_QJ + first_Q1, visible, itself
 
 
 class _Chunks(torch.autograd.Function):
@@ -249,7 +260,8 @@ class _Chunks(torch.autograd.Function):
                 dscores = dy @ v.mT
                 mean = torch.linalg.vecdot(weights, dscores)
                 dscores = dscores.sub_((mean - dtotal_QC[part])[..., None]).mul_(weights)
-                dscores = dscores.masked_fill_(itself | ~visible, 0)  # their scores are constants
+                constant = ~visible if itself is None else itself | ~visible  # scores that are set
+                dscores = dscores.masked_fill_(constant, 0)
                 dx_PK.index_add_(0, own.flatten(), (dscores @ (ctx.scale * k)).flatten(0, 1))
                 dk_PK.index_add_(0, seen.flatten(), (dscores.mT @ q).flatten(0, 1))
         return dx_PK, dk_PK, dv_PV, None, None
@@ -264,15 +276,18 @@ def _parts(pairs: Pairs) -> list[slice]:
     return [slice(start, min(start + step, Q)) for start in range(0, Q, step)]
 
 
-def _attend(q, k, v, scale: float, visible: Tensor, itself: Tensor) -> tuple[Tensor, Tensor]:
+def _attend(q, k, v, scale: float, visible: Tensor, itself: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weighted values (..., C, V) and the log-sum-exp of the scores (..., C); finite also where nothing is visible."""
     scores = _scores(scale * q, k, visible, itself)
     weights = scores.softmax(-1)  # not exp(scores - total): beside ITSELF a float32 total has but two decimals
     return weights @ v, scores.amax(-1) - weights.amax(-1).log()
 
 
-def _scores(q, k, visible: Tensor, itself: Tensor) -> Tensor:
-    return (q @ k.mT).masked_fill_(itself, ITSELF).masked_fill_(~visible, torch.finfo(q.dtype).min / 2)
+def _scores(q, k, visible: Tensor, itself: Tensor | None) -> Tensor:
+    scores = q @ k.mT
+    if itself is not None:
+        scores = scores.masked_fill_(itself, ITSELF)
+    return scores.masked_fill_(~visible, torch.finfo(q.dtype).min / 2)
 
 
 def _sort(buckets: Tensor, real: Tensor) -> Tensor:
@@ -292,8 +307,10 @@ def _ring(ends_X: Tensor, n: int, rounds: int, chunk: int, before: int, after: i
     return place // own_X11 * n + place % own_X11
 
 
-def _check(x_BHLK: Tensor, v_BHLV: Tensor, buckets_BHLR: Tensor) -> None:
+def _check(x_BHLK: Tensor, k_BHLK: Tensor | None, v_BHLV: Tensor, buckets_BHLR: Tensor) -> None:
     shapes = [tuple(t.shape) for t in (x_BHLK, v_BHLV, buckets_BHLR)]
+    if k_BHLK is not None and k_BHLK.shape != x_BHLK.shape:
+        raise ConfigError(f"keys {tuple(k_BHLK.shape)} are not of the shape of the queries {shapes[0]}")
     if any(len(shape) != 4 or shape[:3] != shapes[0][:3] for shape in shapes):
         raise ConfigError(
             f"vectors {shapes[0]}, values {shapes[1]} and buckets {shapes[2]} do not fit together; "

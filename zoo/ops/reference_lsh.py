@@ -17,6 +17,7 @@ def lsh_attention_reference(
     v_BHLV: Tensor,
     buckets_BHLR: Tensor,
     *,
+    keys_BHLK: Tensor | None = None,
     chunk: int,
     before: int = 1,
     after: int = 0,
@@ -41,7 +42,10 @@ def lsh_attention_reference(
                         for j in keys:
                             same = across_buckets or (r == other and buckets_RL[r][i] == buckets_RL[r][j])
                             count[row, head, i, j] += same and (j <= i or not causal)
-    return _without_itself(x_BHLK, unit_rms(x_BHLK), v_BHLV, count, k**-0.5 if scale is None else scale)
+    scale = k**-0.5 if scale is None else scale
+    if keys_BHLK is not None:
+        return counted_attention_reference(x_BHLK, keys_BHLK, v_BHLV, count, scale)
+    return _without_itself(x_BHLK, unit_rms(x_BHLK), v_BHLV, count, scale)
 
 
 def lsh_step_reference(
@@ -53,6 +57,7 @@ def lsh_step_reference(
     chunk: int,
     before: int = 1,
     scale: float | None = None,
+    meets_itself: bool = False,
 ) -> Tensor:
     """See `zoo.ops.lsh.lsh_decode`; one position, rows without padding."""
     (b, h, s, k), rounds = k_BHSK.shape, buckets_BHSR.shape[-1]
@@ -68,7 +73,8 @@ def lsh_step_reference(
                     count[row, head, s - 1, order[place % s]] += 1
     queries = k_BHSK.new_zeros(k_BHSK.shape)
     queries[:, :, -1:] = x_BH1K
-    y = _without_itself(queries, k_BHSK, v_BHSV, count, k**-0.5 if scale is None else scale)
+    attend = counted_attention_reference if meets_itself else _without_itself
+    y = attend(queries, k_BHSK, v_BHSV, count, k**-0.5 if scale is None else scale)
     return y[:, :, -1:]
 
 

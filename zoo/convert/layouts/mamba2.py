@@ -104,13 +104,15 @@ def mamba2_options(
 
 def as_converted(eps: float) -> dict[str, Any]:
     """Options of a layer that starts from attention, so that it has the published form: heads that share no state, a
-    convolution, biases everywhere, a norm of the model's `eps`, no positions and no norm of queries and keys."""
+    convolution, biases everywhere, a norm of the model's `eps`, no positions, no norm and no features of queries and keys.
+    """
     return {
         "num_kv_heads": None,
         "conv": 4,
         "conv_bias": True,
         "rotary": None,
         "qk_norm": False,
+        "feature_map": None,
         "scale": 1.0,
         "norm_eps": eps,
         **dict.fromkeys(("qkv_bias", "out_bias", "gate_bias", "step_bias"), True),
