@@ -148,9 +148,17 @@ def align(
     length: int = 48,
     rate: float = 3e-3,
     inputs: Callable[[], Tensor] | None = None,
+    fast: tuple[str, ...] = (),
 ) -> list[float]:
-    """A few steps towards the teacher mixer's output; the distances on the way. `inputs` makes those of each step."""
-    optimizer = torch.optim.Adam(student.parameters(), lr=rate)
+    """A few steps towards the teacher mixer's output; the distances on the way. `inputs` makes those of each step.
+
+    Parameters whose names begin with one of `fast` (logarithms of rates, which have far to go) take steps 30 times as
+    large.
+    """
+    groups = [
+        {"params": [p], "lr": 30 * rate if name.startswith(fast) else rate} for name, p in student.named_parameters()
+    ]
+    optimizer = torch.optim.Adam(groups)
     generator, errors = torch.Generator().manual_seed(3), []
     for _ in range(steps):
         x_BLD = torch.randn(8, length, attention.width, generator=generator) if inputs is None else inputs()

@@ -20,8 +20,9 @@ class StatsSum:
     """Sums over tokens from which the means of `AttentionStats` are made; add as many batches as there are."""
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.tokens = self.rows = 0
         self.sums: Tensor | None = None  # (4, H): look-back, query norm, key norm, mean square of outputs
+        self.x_sum_D: Tensor | None = None
 
     @torch.no_grad()
     def add(self, mixer: Attention, x_NLD: Tensor) -> None:
@@ -42,15 +43,24 @@ class StatsSum:
         )
         key_norm_H = k.norm(dim=-1).sum((0, 2)).repeat_interleave(repeat)
         sums = torch.stack([lookback_H, q.norm(dim=-1).sum((0, 2)), key_norm_H, square_H])
+        x_sum_D = x_NLD.float().sum((0, 1))
         self.sums = sums if self.sums is None else self.sums + sums
-        self.tokens += N * L
+        self.x_sum_D = x_sum_D if self.x_sum_D is None else self.x_sum_D + x_sum_D
+        self.tokens, self.rows = self.tokens + N * L, self.rows + N
 
     def result(self) -> AttentionStats:
         """The means. Raises ValueError where nothing was added."""
-        if self.sums is None:
+        if self.sums is None or self.x_sum_D is None:
             raise ValueError("no tokens were added")
         lookback_H, q_norm_H, k_norm_H, square_H = self.sums / self.tokens
-        return AttentionStats(lookback_H=lookback_H, q_norm_H=q_norm_H, k_norm_H=k_norm_H, out_rms_H=square_H.sqrt())
+        return AttentionStats(
+            lookback_H=lookback_H,
+            q_norm_H=q_norm_H,
+            k_norm_H=k_norm_H,
+            out_rms_H=square_H.sqrt(),
+            x_mean_D=self.x_sum_D / self.tokens,
+            length=self.tokens / self.rows,
+        )
 
 
 def attention_moments(

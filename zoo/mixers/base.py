@@ -129,12 +129,15 @@ class AttentionStats:
     lookback_H: E_t[sum_s a_ts (t - s)], the mean distance a head looks back, in tokens.
     q_norm_H, k_norm_H: mean Euclidean norm of queries and keys as they meet in the product.
     out_rms_H: root mean square of the head's output before the output projection.
+    x_mean_D: the mean input; length: how long the sequences were, in the mean. None where nobody has measured them.
     """
 
     lookback_H: Tensor
     q_norm_H: Tensor
     k_norm_H: Tensor
     out_rms_H: Tensor
+    x_mean_D: Tensor | None = None
+    length: float | None = None
 
 
 class SequenceMixer(nn.Module, ABC):

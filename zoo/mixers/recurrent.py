@@ -124,6 +124,23 @@ def lookback(attention: AttentionWeights, stats: AttentionStats | None, heads: i
     return stats.lookback_H.float().view(heads, -1).mean(1).clamp(min=1.0)
 
 
+def half_life_of_average(lookback_H: Tensor, length: float, most: float = 16.0) -> Tensor:
+    """The half-life (H) at which a fading average of what there is so far looks back so many tokens, in the mean over
+    the positions of a sequence; at least one token and at most `most` lengths.
+
+    Where nothing fades that is (length - 1) / 4: a half-life of as many tokens would forget what attention does not.
+    """
+    age_L = torch.arange(max(1, round(length)), dtype=torch.double, device=lookback_H.device)
+    low_H = torch.full_like(lookback_H, -math.log(most * length), dtype=torch.double)  # of the logarithm of 1 / half-life
+    high_H = torch.zeros_like(low_H)
+    for _ in range(40):
+        middle_H = (low_H + high_H) / 2
+        weight_HL = torch.exp2(-middle_H.exp()[:, None] * age_L)
+        far_H = (weight_HL * age_L).cumsum(1).div(weight_HL.cumsum(1)).mean(1) > lookback_H
+        low_H, high_H = torch.where(far_H, middle_H, low_H), torch.where(far_H, high_H, middle_H)
+    return (-high_H).exp().float()
+
+
 def first_order_share(attention: AttentionWeights, stats: AttentionStats | None) -> Tensor:
     """How much of its scores s each query head (H) can add to the weights 1 + s of an average: at most all, and no more
     than leaves typical weights positive.

@@ -9,9 +9,10 @@ u instead. "x shifted by mu" is x_{t-1} + (x_t - x_{t-1}) * mu with the share mu
 versions keep that of the token before). The state is a numerator, a denominator and an exponent per channel, and the
 last input.
 
-Conversion: there is no product of queries and keys, so a head starts as an average of its values that fades with the
-measured look-back as half-life, and sees of the scores what does not depend on the query's token: a bias of the queries
-makes W_k. Receptances are 1/2 (W_r = 0), twice W_o makes up for it; a bias of the values passes the average unchanged
+Conversion: there is no product of queries and keys, so a head starts as an average of its values that fades so that it
+looks back as far as was measured, and sees of the scores what does not depend on the query's token: the mean query
+(of the measured mean input, or a bias alone) makes W_k, so that what all queries look at, such as a first token, has
+its weight. Receptances are 1/2 (W_r = 0), twice W_o makes up for it; a bias of the values passes the average unchanged
 and goes into that of the output. Uniform attention is met exactly.
 """
 
@@ -29,7 +30,7 @@ from zoo.config import MixerOptions
 from zoo.errors import ConversionError
 from zoo.linear import Linear
 from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits
-from zoo.mixers.recurrent import LN2, lookback
+from zoo.mixers.recurrent import LN2, half_life_of_average, lookback
 from zoo.mixers.rwkv import depth, ramp, ramp_to_one, zigzag
 from zoo.ops.shift import token_shift
 from zoo.ops.wkv import empty_state, wkv
@@ -147,12 +148,18 @@ class RWKV4(SequenceMixer):
         for share_D in (self.shift_k, self.shift_v, self.shift_r):
             share_D.fill_(1.0)
         v_ED = a.per_query_head(a.v_GVD).flatten(0, 1)
-        rate_E = (LN2 / lookback(a, stats, a.num_heads)).repeat_interleave(a.value_head_dim)
+        half_life_H = lookback(a, stats, a.num_heads)
+        if stats is not None and stats.length is not None:
+            half_life_H = half_life_of_average(stats.lookback_H.float(), stats.length)
+        rate_E = (LN2 / half_life_H).repeat_interleave(a.value_head_dim)
         self.v_proj.weight.copy_(v_ED)
         self.log_rate.copy_(rate_E.log())
         self.bonus.copy_(rate_E)  # so that the present continues the line: it counts e^w times its predecessor
-        if a.q_bias is not None:
-            mean_HK = a.q_bias.float().view(a.num_heads, -1)
+        mean_E = torch.zeros(len(a.q_HKD), device=v_ED.device) if a.q_bias is None else a.q_bias.float()
+        if stats is not None and stats.x_mean_D is not None:
+            mean_E = mean_E + a.q_HKD.float() @ stats.x_mean_D
+        if a.qk_norm is None:  # with a norm a score is no linear function of the key's token
+            mean_HK = mean_E.view(a.num_heads, -1)
             score_HD = a.scale * torch.einsum("hk,hkd->hd", mean_HK, a.per_query_head(a.k_GKD))
             self.k_proj.weight.copy_(score_HD.repeat_interleave(a.value_head_dim, 0))
         self.o_proj.weight.copy_(2 * a.o_DHV.float())
