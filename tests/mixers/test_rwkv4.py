@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from formulas import align, convert, parameters, relative_error, teacher
 
 import zoo
 from zoo.convert.layouts import import_checkpoint
+from zoo.convert.stats import StatsSum
 from zoo.errors import CheckpointError, ConfigError, ConversionError
 from zoo.mixers.base import AttentionStats
+from zoo.mixers.recurrent import half_life_of_average
 from zoo.mixers.rwkv4 import RWKV4, RWKV4Config
 from zoo.registry import list_models
 
@@ -262,6 +265,51 @@ def test_scores_of_the_keys_alone_are_met_exactly():
     weights = attention.attention_weights()
     student = RWKV4.from_attention(RWKV4.config_from_attention(weights), weights, stats(1e7))
     assert relative_error(student, attention) < 1e-4
+
+
+def measured(attention, x_BLD):
+    total = StatsSum()
+    total.add(attention, x_BLD)
+    return total.result()
+
+
+def test_measured_uniform_attention_is_met_almost_exactly():
+    """It looks back a quarter of the text, for there is no more: as a half-life that would forget the rest."""
+    attention = teacher(causal=True)
+    with torch.no_grad():
+        attention.q_proj.weight.zero_()
+        attention.q_proj.bias.zero_()
+    x_BLD = torch.randn(4, 48, 32)
+    found = measured(attention, x_BLD)
+    torch.testing.assert_close(found.lookback_H, torch.full((4,), 47 / 4))
+    assert found.length == 48
+    assert relative_error(convert(attention, "rwkv4", found), attention, x_BLD=x_BLD) < 0.02
+    short = replace(found, length=None)
+    assert relative_error(convert(attention, "rwkv4", short), attention, x_BLD=x_BLD) > 0.1
+
+
+def test_measured_lookback_of_a_fading_average_gives_its_half_life():
+    age_L = torch.arange(64.0)
+    half_life_H = torch.tensor([1.0, 2.0, 8.0, 50.0])
+    weight_HL = 2 ** (-age_L / half_life_H[:, None])
+    lookback_H = ((weight_HL * age_L).cumsum(1) / weight_HL.cumsum(1)).mean(1)
+    torch.testing.assert_close(half_life_of_average(lookback_H, 64), half_life_H, rtol=1e-3, atol=0)
+    assert half_life_of_average(torch.tensor([40.0, 0.0]), 64).tolist() == pytest.approx([16 * 64, 1.0])
+
+
+def test_what_all_queries_look_at_has_its_weight():
+    """With inputs that have a mean in common, as behind a norm, queries have a mean without any bias."""
+    attention, x_BLD = teacher(causal=True), torch.randn(16, 48, 32)
+    with torch.no_grad():
+        for name in "qkvo":
+            if (bias := getattr(attention, f"{name}_proj").bias) is not None:
+                bias.zero_()
+    x_BLD[:, :, 0] += 5
+    found = measured(attention, x_BLD)
+    torch.testing.assert_close(found.x_mean_D, x_BLD.mean((0, 1)))
+    start = relative_error(convert(attention, "rwkv4", found), attention, x_BLD=x_BLD)
+    blind = relative_error(convert(attention, "rwkv4", replace(found, x_mean_D=None)), attention, x_BLD=x_BLD)
+    assert start < 0.85 * blind
 
 
 def test_half_lives_are_the_measured_lookback():

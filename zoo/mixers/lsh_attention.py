@@ -16,9 +16,9 @@ keys, values and buckets of all positions.
 Rotations are drawn from `seed`, the same for every call, so results can be repeated; transformers draws the same ones
 for its `hash_seed`. With `redraw`, training draws new ones in every forward pass, as the published models were trained.
 
-With `shared_qk: false`, which is not in the paper, keys have a projection of their own and are not normalised, a position
-sees itself as any other, and q_t / |q_t| + k_t / |k_t| decides its bucket. So a conversion starts: every projection is
-copied, up to `chunk` tokens it is attention itself, and beyond it misses what hashing misses.
+With `shared_qk: false`, which is not in the paper, keys have a projection of their own and are not normalised, a
+position sees itself as any other, and q_t / |q_t| + k_t / |k_t| decides its bucket. So a conversion starts: every
+projection is copied, up to `chunk` tokens it is attention itself, and beyond it misses what hashing misses.
 
 With `shared_qk: true` a conversion cannot be exact, for attention has queries that differ from its keys. It starts from
 the nearest shared projection: the score x_i^T M x_j of a head, M = W_q^T W_k, is replaced by the positive part of M's
@@ -96,7 +96,7 @@ class LSHAttentionConfig(QKVOptions):
 
 @register_mixer("lsh_attention")
 class LSHAttention(QKVMixer):
-    """LSH attention; see the module docstring. `q_proj` makes the vectors that are queries and, without a `k_proj`, keys."""
+    """LSH attention; see the module docstring. `q_proj` makes queries and, without a `k_proj`, the keys."""
 
     Config = LSHAttentionConfig
     traits = Traits(causal=True, bidirectional=True, state="grows", splits="within_chunk")
@@ -160,7 +160,7 @@ class LSHAttention(QKVMixer):
     def _whole(self, parts: tuple[Tensor, ...], inputs: Inputs) -> Tensor:
         """Rows that are whole sequences, or hold them packed: queries, values, buckets and maybe keys."""
         c = self.config
-        rows = find_sequences(tuple(inputs.x_BLD.shape[:2]), inputs.mask_BL, inputs.segments_BL)
+        rows = find_sequences((inputs.x_BLD.shape[0], inputs.x_BLD.shape[1]), inputs.mask_BL, inputs.segments_BL)
         x, v, buckets, *keys = parts if rows is None else (rows.split_heads(y) for y in parts)
         y = lsh_attention(
             x, v, buckets, keys_BHLK=keys[0] if keys else None, chunk=c.chunk, before=c.chunks_before,
@@ -184,8 +184,8 @@ class LSHAttention(QKVMixer):
 
     @classmethod
     def config_from_attention(cls, attention: AttentionWeights, **options: Any) -> MixerOptions:
-        """Keys of their own unless `options` say otherwise; a head of keys and values for each query head; four rounds."""
-        defaults = {"num_kv_heads": None, "shared_qk": False, "num_hashes": 4}
+        """Keys of their own unless `options` say otherwise; keys and values for each query head; four rounds."""
+        defaults: dict[str, Any] = {"num_kv_heads": None, "shared_qk": False, "num_hashes": 4}
         if options.get("shared_qk"):
             defaults["qk_norm"] = False
         return super().config_from_attention(attention, **{**defaults, **options})

@@ -131,7 +131,8 @@ def half_life_of_average(lookback_H: Tensor, length: float, most: float = 16.0) 
     Where nothing fades that is (length - 1) / 4: a half-life of as many tokens would forget what attention does not.
     """
     age_L = torch.arange(max(1, round(length)), dtype=torch.double, device=lookback_H.device)
-    low_H = torch.full_like(lookback_H, -math.log(most * length), dtype=torch.double)  # of the logarithm of 1 / half-life
+    # Halving the interval in which the logarithm of 1 / half-life lies.
+    low_H = torch.full_like(lookback_H, -math.log(most * length), dtype=torch.double)
     high_H = torch.zeros_like(low_H)
     for _ in range(40):
         middle_H = (low_H + high_H) / 2

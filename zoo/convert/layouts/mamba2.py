@@ -104,7 +104,7 @@ def mamba2_options(
 
 def as_converted(eps: float) -> dict[str, Any]:
     """Options of a layer that starts from attention, so that it has the published form: heads that share no state, a
-    convolution, biases everywhere, a norm of the model's `eps`, no positions, no norm and no features of queries and keys.
+    convolution, biases everywhere, a norm of the model's `eps`, and B and C without positions, norm or features.
     """
     return {
         "num_kv_heads": None,
