@@ -299,3 +299,46 @@ def test_a_card_that_stays_behind_must_fit_too(hub, model_folder, other):
     with pytest.raises(HubError, match="its card has the numbers of the weights before"):
         zoo.push(model_folder, NAME, **hub.alice)
     assert len(hub.repos[NAME].commits) == 2
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"status": 401, "error": "expired"}, "the token is not valid; log in"),
+        ({"status": 403, "error": "read only"}, r"forbidden; you need a token that may write there \(read only\)"),
+        ({"status": 409, "error": "a rebase"}, r"in conflict with what is there \(a rebase\)"),
+        ({"status": 412, "error": "stale"}, "somebody else changed it meanwhile; nothing was published"),
+        ({"status": 429, "error": "slow"}, "too many requests; wait some minutes, then run the same command again"),
+        ({"status": 500, "error": "oops"}, r"the server has a problem \(500\); try later"),
+        ({"drop_after": 50}, "no connection"),
+    ],
+)
+def test_a_commit_that_is_refused(hub, saved, how, message):
+    """Nothing is published, and the same call goes on: what was uploaded is not sent again."""
+    hub.fail("POST", "/commit/", **how)
+    with pytest.raises(HubError, match=message) as caught:
+        zoo.push(saved, NAME, **hub.alice)
+    assert "\n" not in str(caught.value)
+    assert (len(hub.repos[NAME].commits), hub.repos[NAME].tags) == (1, {})
+    uploads = hub.count("PUT", "/lfs/")
+    assert uploads
+    pushed = zoo.push(saved, NAME, **hub.alice)
+    assert hub.repos[NAME].tags == {"v1": pushed.commit}
+    assert hub.count("PUT", "/lfs/") == uploads
+
+
+def test_a_commit_whose_answer_is_lost(hub, saved):
+    """It is published: the next call sees that, and gives it its tag."""
+    hub.fail("POST", "/commit/", lost=True)
+    with pytest.raises(HubError, match="no connection"):
+        zoo.push(saved, NAME, **hub.alice)
+    assert len(hub.repos[NAME].commits) == 2
+    pushed = zoo.push(saved, NAME, **hub.alice)
+    assert not pushed.changed
+    assert (len(hub.repos[NAME].commits), hub.repos[NAME].tags) == (2, {"v1": pushed.commit})
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 504])
+def test_a_server_that_stumbles_while_files_go_up(hub, saved, status):
+    hub.fail("PUT", "/lfs/", status, times=2)
+    assert zoo.push(saved, NAME, **hub.alice).tag == "v1"

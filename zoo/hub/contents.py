@@ -25,7 +25,8 @@ MEASURED = ("score.json", "card.json", "conversion.json", ".eval_results/*.yaml"
 WEIGHTS = ("model.safetensors", INDEX, "model-*.safetensors")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin")
 
-BESIDE_WEIGHTS = (*CONFIG, *TOKENIZER, *SENTENCE, *CARD, *MEASURED)
+TO_LOAD = (*CONFIG, *TOKENIZER, *SENTENCE)
+BESIDE_WEIGHTS = (*TO_LOAD, *CARD, *MEASURED)
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

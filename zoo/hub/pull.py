@@ -15,7 +15,7 @@ from typing import Any
 
 from zoo.errors import CheckpointError, HubError, did_you_mean
 from zoo.hub.client import check_file_names, check_repo, check_revision, client, explained, parse_reference
-from zoo.hub.contents import BESIDE_WEIGHTS, CODE, PICKLES, WEIGHTS, matches
+from zoo.hub.contents import BESIDE_WEIGHTS, CODE, PICKLES, TO_LOAD, WEIGHTS, matches
 from zoo.hub.weights import INDEX, SINGLE, tensor_files, weight_files
 
 OWN = ".cache"  # where huggingface_hub keeps, inside a folder, what it needs to go on with a download
@@ -56,7 +56,7 @@ def snapshot(
     Args:
         repo: ``org/name``. revision: a branch, a tag or a commit, by default ``main``.
         files: exactly these files instead of the weights (``RWKV-4.pth``); config and tokenizer come too.
-        weights: False: only config and tokenizer. card: the card's pictures too.
+        weights: False: only config and tokenizer. card: the card and what was measured, too.
         token, endpoint, cache_dir, local_files_only: as in huggingface_hub.
         into: a folder to which the files go, if they are not all in the cache, and then not into the cache.
 
@@ -71,7 +71,7 @@ def snapshot(
     place: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only}
     with explained(repo, revision, api=api):
         sha = api.resolve_revision(repo, revision=revision, **place).resolved
-    beside = (*BESIDE_WEIGHTS, CODE, *(PICTURES if card else ()))
+    beside = (*BESIDE_WEIGHTS, CODE, *PICTURES) if card else TO_LOAD
     listed, unreachable = _list(api, repo, sha, place)
     usual = tuple(files) or ((_weights_of(listed, repo, sha) if listed else WEIGHTS) if weights else ())
     if listed and (missing := [name for name in files if name not in listed]):
