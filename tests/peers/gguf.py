@@ -259,6 +259,6 @@ def save_rwkv7(folder):
 _options = {"file": "model.gguf", "package": "gguf"}
 _run_6 = run(time_mix_6, channel_mix_6)
 peer(Peer("gguf", "rwkv6", save_rwkv6(0), _run_6, tokens(61, 12), **_options))
-# A file whose layers are halved goes out without that, and one tensor for each share as one for all.
+# A file whose layers are halved goes out without that.
 peer(Peer("gguf", "rwkv6", save_rwkv6(1), _run_6, tokens(61, 12), label="rescaled", folds=True, **_options))
 peer(Peer("gguf", "rwkv7", save_rwkv7, run(time_mix_7, channel_mix_7), tokens(61, 12), **_options))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from zoo.config import ZooConfig
-from zoo.convert.layouts.family import Family, difference, families, open_any
+from zoo.convert.layouts.family import Family, OtherKindError, difference, families, open_any
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.loading import load_entries, written_shapes
 from zoo.errors import CheckpointError, ConfigError, ExportError, ZooError, unknown_name
@@ -174,16 +174,19 @@ def export_model(
 
 def family_for(config: ZooConfig, layout: str) -> tuple[Family, dict[str, Any]]:
     """The family of a layout that can express a config, with their config. Raises ExportError; see `export_model`."""
+    far: list[str] = []
     reasons, used = [], set(config.mixer_names)
     for family in (f for f in families(layout) if used <= set(f.mixers)):
         try:
             return family, expressed(family, config)
+        except OtherKindError as error:
+            far.append(f"{family.name}: {error}")
         except ExportError as error:
             reasons.append(f"{family.name}: {error}")
     others = sorted({f.layout for f in families() if f.layout != layout and _can(f, config)})
     origin = f"{config.origin.get('family')}: "
     reasons.sort(key=lambda r: (not r.startswith(origin), "no class to write back to" in r))  # the nearest miss first
-    near = reasons or [f"nothing there has layers of {', '.join(sorted(used))}"]
+    near = reasons or far or [f"nothing there has layers of {', '.join(sorted(used))}"]
     hint = f"; layouts that can: {', '.join(others)}" if others else "; no other layout can either, keep it as it is"
     raise ExportError(f"layout {layout!r} cannot express this model ({'; '.join(near[:5])}){hint}")
 

@@ -24,6 +24,10 @@ _OF_TASK = {
 }
 
 
+class OtherKindError(ExportError):
+    """The model is of another kind than the family: told where no family comes nearer."""
+
+
 class Family(ABC):
     """One family in one layout, such as Mamba in `mamba_ssm`. Nothing in it builds or runs a model.
 

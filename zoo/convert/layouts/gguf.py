@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from zoo.config import ZooConfig
-from zoo.convert.layouts.family import Family
+from zoo.convert.layouts.family import Family, OtherKindError
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.gguf_file import open_gguf, write_gguf
 from zoo.convert.layouts.mapping import Entry, same
-from zoo.errors import CheckpointError, ExportError
+from zoo.errors import CheckpointError
 
 RMS_EPS, LAYER_EPS = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 
@@ -66,7 +66,8 @@ class GGUF(Family):
 
     def only(self, checkpoint: Checkpoint, name: str, *values: Any) -> None:
         """Raise CheckpointError where a key has another value than those; the first is that of files without it."""
-        if (found := self.key(checkpoint, name, values[0])) not in values:
+        found = self.key(checkpoint, name, values[0])
+        if (found := tidy(found) if isinstance(found, float) else found) not in values:
             allowed = " or ".join(repr(value) for value in values)
             raise CheckpointError(
                 f"{checkpoint.path}: {self.architecture}.{name} is {found!r}; only {allowed} is known"
@@ -101,7 +102,7 @@ class GGUF(Family):
         spec = config.spec
         found = (spec.block, spec.norm, spec.positions, spec.embedding_norm)
         if found != (self.block, self.norm, self.positions, self.embedding_norm):
-            raise ExportError(f"block, norm or positions are not those of llama.cpp's {self.architecture}")
+            raise OtherKindError(f"block, norm or positions are not those of llama.cpp's {self.architecture}")
         common = {
             "context_length": spec.max_position_embeddings,
             "embedding_length": spec.hidden_size,

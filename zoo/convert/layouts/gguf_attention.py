@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zoo.config import ZooConfig
-from zoo.convert.layouts.family import register_family
+from zoo.convert.layouts.family import OtherKindError, register_family
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.gguf import GGUF, tidy
 from zoo.convert.layouts.gguf_file import ROPE_FACTORS
@@ -53,11 +53,11 @@ class Decoder(GGUF):
     def config(self, config: ZooConfig) -> dict[str, Any]:
         mixer, ffn = one_mixer(config), config.spec.layers[0].ffn
         if mixer.rotary is None:
-            raise ExportError("layers.0.mixer.rotary is None; its attention has rotary positions")
+            raise OtherKindError("layers.0.mixer.rotary is None; its attention has rotary positions")
         if (mixer.qkv_bias, mixer.out_bias) not in self.biases:
-            raise ExportError(f"biases (queries, keys and values; outputs) are {mixer.qkv_bias, mixer.out_bias}")
+            raise OtherKindError(f"biases (queries, keys and values; outputs) are {mixer.qkv_bias, mixer.out_bias}")
         if (mixer.qk_norm_span if mixer.qk_norm else "") != self.qk_norm:
-            raise ExportError(f"layers.0.mixer.qk_norm: its norm of queries and keys is {self.qk_norm or None}")
+            raise OtherKindError(f"layers.0.mixer.qk_norm: its norm of queries and keys is {self.qk_norm or None}")
         if self.square and mixer.num_heads * mixer.head_dim != config.hidden_size:
             raise ExportError(f"{mixer.num_heads} heads of {mixer.head_dim} do not fill the width {config.hidden_size}")
         return self.keys(config, **self.ffn_keys(ffn, config.hidden_size), **attention_keys(self, mixer))
@@ -65,7 +65,7 @@ class Decoder(GGUF):
     def ffn_keys(self, ffn: Any, width: int) -> dict[str, Any]:
         """Their keys of the channel mixers. Raises ExportError for others than theirs."""
         if ffn is None or ffn.name != "gated_mlp":
-            raise ExportError(f"layers.0.ffn is {None if ffn is None else ffn.name}; its blocks have gated_mlp")
+            raise OtherKindError(f"layers.0.ffn is {None if ffn is None else ffn.name}; its blocks have gated_mlp")
         return {"feed_forward_length": ffn.resolved(width).hidden_size}
 
     def entries(self, config: ZooConfig) -> Iterator[Entry]:
@@ -247,7 +247,7 @@ class GGUFGPT2(GGUF):
     def config(self, config: ZooConfig) -> dict[str, Any]:
         mixer, ffn = one_mixer(config), config.spec.layers[0].ffn
         if ffn is None or ffn.name != "mlp" or mixer.num_heads * mixer.head_dim != config.hidden_size:
-            raise ExportError("needs heads that fill the width and a plain MLP")
+            raise OtherKindError("needs heads that fill the width and a plain MLP")
         hidden = ffn.resolved(config.hidden_size).hidden_size
         return self.keys(config, feed_forward_length=hidden, attention__head_count=mixer.num_heads)
 

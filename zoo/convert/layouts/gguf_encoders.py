@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from zoo.config import ZooConfig
-from zoo.convert.layouts.family import one_layer, register_family
+from zoo.convert.layouts.family import OtherKindError, one_layer, register_family
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.gguf import GGUF
 from zoo.convert.layouts.mapping import Entry, pairs
@@ -59,7 +59,7 @@ class GGUFBert(GGUF):
     def config(self, config: ZooConfig) -> dict[str, Any]:
         layer, spec = one_layer(config), config.spec
         if spec.task != "sentence-embedding" or layer.ffn is None or layer.ffn.name != "mlp":
-            raise ExportError("is for sentence embeddings (task: sentence-embedding), of attention and plain MLPs")
+            raise OtherKindError("is for sentence embeddings (task: sentence-embedding), of attention and plain MLPs")
         if layer.mixer.num_heads * layer.mixer.head_dim != spec.hidden_size:
             raise ExportError("its heads fill the width")
         keys = self.keys(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from zoo.config import ZooConfig
-from zoo.convert.layouts.family import one_layer, register_family
+from zoo.convert.layouts.family import OtherKindError, one_layer, register_family
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.gguf import GGUF
 from zoo.convert.layouts.gguf_attention import attention_entries, attention_fields, attention_keys
@@ -75,7 +75,7 @@ class GGUFBamba(_Hybrid):
         mixers = [layer.mixer.resolved(config.hidden_size) for layer in config.spec.layers]
         kinds = {mixer.name: mixer for mixer in mixers}
         if len(kinds) != 2 or any(mixer != kinds[mixer.name] for mixer in mixers):
-            raise ExportError("needs layers of Mamba-2 and of attention, each kind alike")
+            raise OtherKindError("needs layers of Mamba-2 and of attention, each kind alike")
         attention = kinds["attention"]
         keys = self.shared(config, kinds["mamba2"], attention)
         keys["attention__head_count_kv"] = [attention.kv_heads if m.name == "attention" else 0 for m in mixers]
@@ -110,7 +110,7 @@ class GGUFFalconH1(_Hybrid):
         mixer = one_layer(config).mixer
         branches = {label: o.resolved(config.hidden_size) for label, o in mixer.branch_options().items()}
         if {label: o.name for label, o in branches.items()} != {"mamba2": "mamba2", "attention": "attention"}:
-            raise ExportError(f"layers.0.mixer.branches are {', '.join(branches)}; its are attention and mamba2")
+            raise OtherKindError(f"layers.0.mixer.branches are {', '.join(branches)}; its are attention and mamba2")
         return self.keys(config, **self.shared(config, branches["mamba2"], branches["attention"]))
 
     def mixer(self, theirs: str, ours: str, options: Any, width: int) -> Iterator[Entry]:

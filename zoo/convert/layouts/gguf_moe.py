@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from zoo.config import ZooConfig
-from zoo.convert.layouts.family import register_family
+from zoo.convert.layouts.family import OtherKindError, register_family
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.gguf_attention import Decoder
 from zoo.convert.layouts.mapping import Entry, flat, pairs, same
 from zoo.convert.layouts.moe import fused_pair, stack_of
-from zoo.errors import ExportError
 
 _FUSED = ".ffn_gate_up_exps.weight"
 
@@ -43,7 +42,7 @@ class Experts(Decoder):
 
     def ffn_keys(self, ffn: Any, width: int) -> dict[str, Any]:
         if ffn is None or ffn.name != "moe":
-            raise ExportError("layers.0.ffn has no experts")
+            raise OtherKindError("layers.0.ffn has no experts")
         return {
             "feed_forward_length": ffn.hidden_size,
             self.length: ffn.hidden_size,
@@ -121,7 +120,7 @@ class GGUFQwen2Moe(Experts):
     def ffn_keys(self, ffn: Any, width: int) -> dict[str, Any]:
         keys = super().ffn_keys(ffn, width)
         if ffn.shared_size is None or not ffn.shared_gate:
-            raise ExportError("layers.0.ffn has no shared expert behind a gate")
+            raise OtherKindError("layers.0.ffn has no shared expert behind a gate")
         return {**keys, "expert_shared_feed_forward_length": ffn.shared_size}
 
     def ffn_entries(self, theirs: str, ours: str, ffn: Any) -> Iterator[Entry]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zoo.config import ZooConfig
-from zoo.convert.layouts.family import register_family
+from zoo.convert.layouts.family import OtherKindError, register_family
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.gguf import GGUF
 from zoo.convert.layouts.mamba import one_mixer
@@ -114,7 +114,7 @@ class GGUFFalconMamba(GGUFMamba):
     def config(self, config: ZooConfig) -> dict[str, Any]:
         eps = one_mixer(config).bcdt_norm_eps
         if eps is None:
-            raise ExportError("norms steps, B and C, which this model does not")
+            raise OtherKindError("norms steps, B and C, which this model does not")
         if eps != config.spec.norm_eps:
             raise ExportError(
                 f"layers.0.mixer.bcdt_norm_eps is {eps:g}, and llama.cpp has one epsilon, norm_eps, which is "
