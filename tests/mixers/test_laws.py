@@ -22,6 +22,7 @@ BRANCHES = [name for name in list_mixers() if _can_be_branch(mixer_class(name))]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "attention with a window": {"name": "attention", "window": 6, "qk_norm": True, "rotary": {"theta": 100.0}},
+    "attention with convolutions": {"name": "attention", "conv": 3, "conv_bias": True, "conv_activation": None},
     "attention with a sigmoid gate": {
         "name": "attention", "gate": True, "gate_activation": "sigmoid", "qk_norm": True, "qk_norm_zero_centered": True,
     },

@@ -28,7 +28,8 @@ class AttentionConfig(QKVOptions):
     """Options of `attention`.
 
     window: a position sees itself and the `window - 1` before it. qk_norm_span: a QK-norm is over each head, or over
-    all heads as one vector (OLMo-2, OLMoE); zero_centered: it multiplies by 1 + weight (Qwen3-Next).
+    all heads as one vector (OLMo-2, OLMoE); zero_centered: it multiplies by 1 + weight (Qwen3-Next). conv_activation:
+    None leaves out that of the convolutions (the attention of mamba_ssm).
     """
 
     name: Literal["attention"] = "attention"
@@ -36,6 +37,7 @@ class AttentionConfig(QKVOptions):
     qk_norm_span: Literal["head", "all"] = "head"
     qk_norm_zero_centered: bool = False
     gate_activation: Literal["silu", "sigmoid"] = "silu"
+    conv_activation: Literal["silu"] | None = "silu"
 
     @model_validator(mode="after")
     def _one_norm(self) -> Self:
@@ -66,6 +68,9 @@ class Attention(QKVMixer):
         if own_projections and config.qk_norm and config.qk_norm_span == "all":
             self.q_norm = AllHeadsNorm(config.num_heads * config.head_dim, eps=config.qk_norm_eps)
             self.k_norm = AllHeadsNorm(config.kv_heads * config.head_dim, eps=config.qk_norm_eps)
+        if own_projections and config.conv:
+            for letter in "qkv":
+                getattr(self, f"{letter}_conv").activation = config.conv_activation
         if own_projections and config.qk_norm and config.qk_norm_zero_centered:
             self.q_norm = ZeroCenteredRMSNorm(config.head_dim, eps=config.qk_norm_eps)  # type: ignore[assignment]
             self.k_norm = ZeroCenteredRMSNorm(config.head_dim, eps=config.qk_norm_eps)  # type: ignore[assignment]

@@ -31,7 +31,7 @@ SILU_ONE = 1.278464542761074  # silu(SILU_ONE) == 1: a gate with this bias and n
 # Options that say nothing where another one is off.
 _BESIDE = {
     "qk_norm": ("qk_norm_eps", "qk_norm_span", "qk_norm_zero_centered"),
-    "conv": ("conv_bias",),
+    "conv": ("conv_bias", "conv_activation"),
     "head_norm": ("head_norm_affine", "head_norm_eps"),
     "gate": ("gate_bias", "gate_activation"),
 }

@@ -116,6 +116,7 @@ def test_the_layer_that_predicts_a_further_token_is_passed_over(checkpoints, tmp
         ("KimiLinear", {"mla_use_output_gate": True}, "mla_use_output_gate is True; only False"),
         ("KimiLinear", {"tie_word_embeddings": True}, "tie_word_embeddings is True; only False"),
         ("KimiLinear", {"mlp_layer_types": ["dense"]}, r"mlp_layer_types is \['dense'\], of 4 layers"),
+        ("KimiLinear", {"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; a model has at most 1024"),
     ],
 )
 def test_options_without_a_place_are_refused(checkpoints, tmp_path, kind, options, message):

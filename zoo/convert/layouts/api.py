@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zoo.config import ZooConfig
+from zoo.config import MAX_LAYERS, ZooConfig
 from zoo.convert.layouts.family import Family, OtherKindError, difference, families, open_any
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.loading import load_entries, written_shapes
@@ -107,6 +107,9 @@ def _recognises(family: Family, checkpoint: Checkpoint) -> bool:
 def _config_of(family: Family, checkpoint: Checkpoint) -> ZooConfig:
     where = f"{checkpoint.path}: config"
     origin = {"layout": family.layout, "family": family.name, "config": _kept(checkpoint.config)}
+    for key in ("num_hidden_layers", "n_layer"):  # before anything is made of so many
+        if isinstance(count := checkpoint.config.get(key), int) and count > MAX_LAYERS:
+            raise CheckpointError(f"{where}: {key} is {count}; a model has at most {MAX_LAYERS} layers")
     try:
         fields = family.fields(checkpoint)
         return ZooConfig(**{**fields, "origin": {**origin, **fields.get("origin", {})}})

@@ -134,7 +134,7 @@ def step_limit(options: Mamba2Config) -> dict[str, Any]:
 
 class _Mamba2(Family):
     name = "mamba2"
-    mixers = ("mamba2",)
+    mixers: ClassVar[tuple[str, ...]] = ("mamba2",)
     inert = (*INERT, "max_position_embeddings")
     embedding: ClassVar[str]
 
@@ -143,10 +143,14 @@ class _Mamba2(Family):
         for i, layer in enumerate(config.spec.layers):
             theirs, ours = f"backbone.layers.{i}.", f"model.layers.{i}."
             yield same(f"{theirs}norm.weight", f"{ours}mixer_norm.weight")
-            yield from mamba2_entries(f"{theirs}mixer.", f"{ours}mixer.", layer.mixer, config.hidden_size)
+            yield from self.mixer_entries(f"{theirs}mixer.", f"{ours}mixer.", layer.mixer, config.hidden_size)
         yield same("backbone.norm_f.weight", "model.norm.weight")
         if not config.tie_word_embeddings:
             yield same("lm_head.weight", "lm_head.weight")
+
+    def mixer_entries(self, theirs: str, ours: str, mixer: Any, width: int) -> Iterator[Entry]:
+        """Those of the mixer of a layer."""
+        return mamba2_entries(theirs, ours, mixer, width)
 
     def aliases(self, config: ZooConfig) -> dict[str, str]:
         return {"lm_head.weight": f"backbone.{self.embedding}.weight"} if config.tie_word_embeddings else {}
@@ -246,7 +250,8 @@ class Mamba2SSM(_Mamba2):
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         c = checkpoint.config
-        return "d_model" in c and "n_layer" in c and (c.get("ssm_cfg") or {}).get("layer") == "Mamba2"
+        named = "d_model" in c and "n_layer" in c and (c.get("ssm_cfg") or {}).get("layer") == "Mamba2"
+        return named and bool(c.get("attn_layer_idx")) == ("attention" in self.mixers)
 
     def fields(self, checkpoint: Checkpoint) -> dict[str, Any]:
         c = checkpoint.config
