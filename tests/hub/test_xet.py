@@ -79,6 +79,26 @@ def test_damage_is_found_in_the_cache_that_repositories_share(xet, saved, tmp_pa
     assert weights_hash(tmp_path / "out") == weights_hash(saved)
 
 
+def test_published_weights_load_from_the_cache_that_repositories_share(xet, tmp_path):
+    """There a snapshot's file leads out of the repository's folder, into the store beside it."""
+    from zoo.convert.layouts import export_model, import_checkpoint
+    from zoo.hub.pull import snapshot
+
+    model = zoo.create_model("mamba-tiny")
+    export_model(model, "transformers", tmp_path / "model")
+    zoo.push(tmp_path / "model", "alice/mamba", **xet.alice)
+    folder = snapshot("alice/mamba", **xet.alice).folder
+    weights = (folder / "model.safetensors").resolve()
+    assert not weights.is_relative_to(folder.parents[1])
+    found = import_checkpoint(folder).model
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    (folder / "model.safetensors").unlink()
+    (tmp_path / "cache" / "elsewhere").mkdir()
+    (folder / "model.safetensors").symlink_to(shutil.copy(weights, tmp_path / "cache" / "elsewhere" / "x"))
+    with pytest.raises(CheckpointError, match="link that leads out"):
+        import_checkpoint(folder)
+
+
 def test_without_the_package(xet, saved, tmp_path, monkeypatch):
     """hf_xet not installed: LFS up, plain HTTP down, also of what somebody else sent by Xet."""
     zoo.push(saved, NAME, **xet.alice)

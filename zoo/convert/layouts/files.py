@@ -302,9 +302,12 @@ def _inside(folder: Path, named_by: Path, file: str) -> Path:
         raise CheckpointError(f"{named_by}: weight file {file!r} lies outside the folder")
     if not path.is_file():
         raise CheckpointError(f"{named_by}: weight file {file!r} is missing")
-    home = folder.resolve()
-    if home.parent.name == "snapshots":
-        home = home.parent.parent  # of huggingface_hub's cache: snapshots/<sha>/file links to blobs/<hash>
-    if not Path(os.path.realpath(path)).is_relative_to(home):
+    homes = [folder.resolve()]
+    if homes[0].parent.name == "snapshots":
+        # In huggingface_hub's cache REPO/snapshots/<sha>/file links to REPO/blobs/<hash>, and that, where it came by
+        # Xet, to blobs/<hash>, which all repositories share.
+        repo = homes[0].parent.parent
+        homes = [repo, repo.parent / "blobs"]
+    if not any(Path(os.path.realpath(path)).is_relative_to(home) for home in homes):
         raise CheckpointError(f"{path}: is a link that leads out of the folder")
     return path
