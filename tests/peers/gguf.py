@@ -67,6 +67,8 @@ def changed(name, t, turn, groups):
         t = t.squeeze(1)
     elif name.endswith(".A_log"):
         t = -t.exp()
+    elif "query_key_value" in name:  # head by head there
+        t = t.unflatten(0, (4, 3, -1)).transpose(0, 1).flatten(0, 2)
     elif name.endswith("shared_expert_gate.weight"):
         t = t.squeeze(0)
     elif name.endswith((".c_attn.weight", ".c_fc.weight", ".c_proj.weight")):  # transposed in GPT-2
@@ -144,6 +146,12 @@ for _family, _save in {
     "gpt2": saver(
         "GPT2", "gpt2", {**KEYS, "attention.layer_norm_epsilon": 1e-5}, model_class="LMHeadModel", vocab_size=V,
         n_embd=32, n_layer=2, n_head=4, n_positions=128, n_inner=48, bos_token_id=1, eos_token_id=2,
+    ),
+    "gpt_neox": saver(
+        "GPTNeoX", "gptneox",
+        {**KEYS, "attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 4, "use_parallel_residual": True},
+        **{key: size for key, size in SIZES.items() if key not in ("num_key_value_heads", "rms_norm_eps")},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     ),
     "mixtral": saver(
         "Mixtral", "llama", {**KEYS, **EXPERT_KEYS, "rope.freq_base": 1e6}, turn=True, **SIZES, num_local_experts=4

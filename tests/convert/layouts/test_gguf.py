@@ -26,6 +26,7 @@ TINY = {  # family there: model here, what is other than in its tiny form
     "qwen2": ("qwen2-tiny", {}),
     "qwen3": ("qwen3-tiny", {"layers": {"defaults": {"head_dim": 24}}}),
     "gpt2": ("gpt2-tiny", {"max_position_embeddings": 512}),
+    "gpt_neox": ("pythia-tiny", {}),
     "mixtral": ("mixtral-tiny", {}),
     "olmoe": ("olmoe-tiny", {}),
     "qwen2_moe": ("qwen2-moe-tiny", {}),

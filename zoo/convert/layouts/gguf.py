@@ -2,7 +2,7 @@
 
     gguf_file.py        the files: reading tensors and keys, writing them
     gguf_vocabulary.py  the vocabulary that a file holds
-    gguf_attention.py   Llama, Qwen2, Qwen3, GPT-2
+    gguf_attention.py   Llama, Qwen2, Qwen3, GPT-2, GPT-NeoX
     gguf_moe.py         Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE
     gguf_ssm.py         Mamba, Falcon Mamba, Mamba-2
     gguf_hybrids.py     Bamba, Falcon-H1

@@ -1,4 +1,4 @@
-"""Decoders of attention in GGUF: Llama, Qwen2, Qwen3 and GPT-2.
+"""Decoders of attention in GGUF: Llama, Qwen2, Qwen3, GPT-2 and GPT-NeoX.
 
 llama.cpp turns neighbouring numbers of a head together in its `llama`, where Llama's own code turns the halves of it:
 rows of queries and keys are reordered there (`turned`), and nowhere else. A file of Llama 3.1 and later has what its
@@ -225,35 +225,42 @@ class GGUFQwen3(Decoder):
     qk_norm = "head"
 
 
-@register_family
-class GGUFGPT2(GGUF):
-    """GPT-2: layer norms, learned positions, biases, one projection for queries, keys and values."""
+class FusedDecoder(GGUF):
+    """Layer norms, biases everywhere, a plain MLP, one projection for queries, keys and values.
 
-    name = architecture = "gpt2"
-    about = "gpt2"
+    activation: of the MLP. llama.cpp computes every GELU in its tanh form, from a table of half precision.
+    """
+
     mixers = ("attention",)
     norm = "layer_norm"
-    positions = "learned"
+    activation: ClassVar[str]
 
     def fields(self, checkpoint: Checkpoint) -> dict[str, Any]:
         around = self.around(checkpoint)
         heads = self.key(checkpoint, "attention.head_count")
         size = around["hidden_size"] // heads
         mixer = {"name": "attention", "num_heads": heads, "head_dim": size, "qkv_bias": True, "out_bias": True}
+        if self.positions == "none":
+            mixer["rotary"] = rotary_fields(self, checkpoint, size)
         hidden = self.key(checkpoint, "feed_forward_length")
-        ffn = {"name": "mlp", "hidden_size": hidden, "activation": "gelu_new"}
+        ffn = {"name": "mlp", "hidden_size": hidden, "activation": self.activation}
         return {**around, "layers": [{"mixer": mixer, "ffn": ffn}] * self.key(checkpoint, "block_count")}
 
     def config(self, config: ZooConfig) -> dict[str, Any]:
         mixer, ffn = one_mixer(config), config.spec.layers[0].ffn
         if ffn is None or ffn.name != "mlp" or mixer.num_heads * mixer.head_dim != config.hidden_size:
             raise OtherKindError("needs heads that fill the width and a plain MLP")
-        hidden = ffn.resolved(config.hidden_size).hidden_size
-        return self.keys(config, feed_forward_length=hidden, attention__head_count=mixer.num_heads)
+        keys: dict[str, Any] = {"attention__head_count": mixer.num_heads}
+        if self.positions == "none":
+            if mixer.rotary is None or mixer.kv_heads != mixer.num_heads:
+                raise OtherKindError("its attention has rotary positions, and as many heads of keys as of queries")
+            keys = {k: v for k, v in attention_keys(self, mixer).items() if k in keys or k.startswith("rope__")}
+        return self.keys(config, feed_forward_length=ffn.resolved(config.hidden_size).hidden_size, **keys)
 
     def entries(self, config: ZooConfig) -> Iterator[Entry]:
         yield from self.outside(config)
-        yield same("position_embd.weight", "model.embed_positions.weight")
+        if self.positions == "learned":
+            yield same("position_embd.weight", "model.embed_positions.weight")
         for i in range(config.num_hidden_layers):
             ours, theirs, both = f"model.layers.{i}.", f"blk.{i}.", ("weight", "bias")
             names = {"attn_norm": "mixer_norm", "attn_output": "mixer.o_proj", "ffn_norm": "ffn_norm"}
@@ -261,3 +268,30 @@ class GGUFGPT2(GGUF):
             for parameter in both:
                 parts = [f"{ours}mixer.{letter}_proj.{parameter}" for letter in "qkv"]
                 yield split(f"{theirs}attn_qkv.{parameter}", parts, [config.hidden_size] * 3)
+
+
+@register_family
+class GGUFGPT2(FusedDecoder):
+    """GPT-2: learned positions."""
+
+    name = architecture = "gpt2"
+    about = "gpt2"
+    positions = "learned"
+    activation = "gelu_new"
+
+
+@register_family
+class GGUFGPTNeoX(FusedDecoder):
+    """GPT-NeoX and Pythia: attention and MLP side by side, rotary positions on a part of each head."""
+
+    name = "gpt_neox"
+    architecture = about = "gptneox"
+    block = "parallel"
+    activation = "gelu"
+
+    def fields(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        self.only(checkpoint, "use_parallel_residual", True)
+        return {**super().fields(checkpoint), "block": "parallel"}
+
+    def config(self, config: ZooConfig) -> dict[str, Any]:
+        return {**super().config(config), "gptneox.use_parallel_residual": True}
