@@ -203,10 +203,11 @@ def trained(rule):
         "other": [pre_tokenizers.Split(" ", "isolated")],
     }.get(rule, [])
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, whole]) if before else whole
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, special_tokens=["<end>"])
     tokenizer.train_from_iterator([TEXT, "1234 1234 56 56.7% the 12's"] * 9, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, whole]) if before else whole  # which the merges cross
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>")
 
 
