@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from formulas import align, convert, corners, largest_error, parameters, relative_error, teacher, wave
+from formulas import align, convert, corners, largest_error, parameters, relative_error, teacher, text_like, wave
 
 import zoo
 from zoo.convert.surgery import layer_options
 from zoo.errors import ConfigError, TraitError
-from zoo.mixers.linformer import Linformer, LinformerConfig
+from zoo.mixers.linformer import Linformer, LinformerConfig, stretched_rows, tokens_per_piece
 from zoo.models.backbone import ZooModel
 from zoo.testing import check_mixer
 
@@ -170,6 +170,8 @@ def test_projections_of_every_head_are_its_own():
 @pytest.mark.parametrize("options", [
     {"share": "none", "num_kv_heads": 2}, {"share": "kv", "rotary": {"theta": 100.0}}, {"projected_length": 90},
     {"by_length": True}, {"by_length": True, "num_kv_heads": 2, "projected_length": 90},
+    {"by_length": True, "contiguous": True, "share": "none", "num_kv_heads": 2},
+    {"by_length": True, "contiguous": True, "projected_length": 90},
 ], ids=str)  # fmt: skip
 def test_variants_obey_the_laws(options):
     check_mixer("linformer", config={"causal": False, **options}, seed=2)
@@ -249,13 +251,41 @@ def test_by_length_is_the_formula():
     assert largest_error(mixer(x_BLD)[0], expected) < 1e-10
 
 
+@pytest.mark.parametrize(
+    ("length", "n", "sums"), [(7, 80, 9), (9, 80, 9), (5, 11, 9), (30, 80, 9), (80, 80, 9), (6, 8, 20)]
+)
+def test_stretched_rows_make_pieces_of_neighbours(length, n, sums):
+    """Each token in a piece of its own as long as there are pieces; beyond, pieces of about the same size, in order."""
+    rows_RT = stretched_rows(torch.tensor([length, 0]), length + 3, n, sums)
+    piece_T = rows_RT[0, :length] * sums // n
+    assert rows_RT.min() >= 0
+    assert rows_RT.max() < n
+    assert (rows_RT[0, :length].diff() > 0).all()
+    assert (piece_T.diff() >= 0).all()
+    count_RM = tokens_per_piece(rows_RT, torch.tensor([length, 0]), n, sums)
+    assert count_RM[0].sum() == length
+    assert count_RM[1].tolist() == [1] + [0] * (sums - 1)
+    if length <= min(n, sums):
+        assert count_RM[0].max() == 1
+    else:
+        assert count_RM[0].max() - count_RM[0].min() <= 1
+
+
+def test_contiguous_sums_start_nearer_where_neighbours_resemble_each_other():
+    attention, x_BLD = teacher(causal=False), text_like(8)
+    options = {"max_length": 96, "projected_length": 12}
+    near, far = (convert(attention, "linformer", **options, contiguous=c) for c in (True, False))
+    assert relative_error(near, attention, x_BLD=x_BLD) < 0.3 * relative_error(far, attention, x_BLD=x_BLD)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("share", SHARINGS)
-def test_conversion_by_length_is_exact_up_to_the_number_of_sums(share):
+def test_conversion_by_length_is_exact_up_to_the_number_of_sums(share, contiguous):
     """Also for rows of several lengths in one batch, where the paper's form is far off."""
     attention = teacher(causal=False)
     student, paper = (
         convert(attention, "linformer", projected_length=24, max_length=96, share=share, **o)
-        for o in ({}, {"by_length": False})
+        for o in ({"contiguous": contiguous}, {"by_length": False})
     )
     x_BLD = torch.randn(3, 40, attention.width)
     mask_BL = torch.arange(40) < torch.tensor([24, 7, 1])[:, None]

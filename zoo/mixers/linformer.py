@@ -17,8 +17,11 @@ which is not in the paper, deals the sums to the tokens that there are. c_j coun
     y_t = sum_j softmax_j(scale * q_t . k'_j / c_j + ln c_j) v'_j / c_j,    j = 1 .. min(T, M)
 
 With E_tj = F_tj = 1 for t = j mod M and 0 elsewhere a sum is the mean of c_j tokens, which stands for c_j of them, and
-up to M tokens this is attention itself: so a conversion starts. Without `by_length` it starts from the means of M equal
-pieces of n positions, which is attention for sequences of n = M tokens only.
+up to M tokens this is attention itself. With `contiguous` a sum gets neighbours, which resemble each other more than
+every M-th token does: E is stretched over the sequence, so that token t of T reads row r_t = floor(t n / T) (or the
+first one of its piece, where n / M is no whole number), and c_j counts the tokens with floor(r_t M / n) = j. So a
+conversion starts, with ones there: the means of M pieces of whatever length there is, and attention itself up to M
+tokens. Without `by_length` it starts from the means of M equal pieces of n positions, attention itself for n = M only.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from zoo.config import MixerOptions
 from zoo.errors import ConfigError
 from zoo.mixers.base import AttentionStats, AttentionWeights, Traits
 from zoo.mixers.qkv import Inputs, QKVMixer, QKVOptions
@@ -41,7 +45,8 @@ from zoo.registry import register_mixer
 class LinformerConfig(QKVOptions):
     """Options of `linformer`.
 
-    max_length: n, the most tokens a sequence may have. projected_length: M. share, by_length: see the module docstring.
+    max_length: n, the most tokens a sequence may have. projected_length: M. share, by_length, contiguous (which needs
+    by_length): see the module docstring.
     """
 
     name: Literal["linformer"] = "linformer"
@@ -50,6 +55,13 @@ class LinformerConfig(QKVOptions):
     projected_length: int = Field(256, ge=1, le=1 << 16)
     share: Literal["none", "heads", "kv", "layers"] = "heads"
     by_length: bool = False
+    contiguous: bool = False
+
+    @model_validator(mode="after")
+    def _dealt_by_length(self) -> LinformerConfig:
+        if self.contiguous and not self.by_length:
+            raise ValueError("contiguous needs by_length: true, for it says how the tokens that there are are dealt")
+        return self
 
 
 @register_mixer("linformer")
@@ -98,12 +110,15 @@ class Linformer(QKVMixer):
             k_RGTK, v_RGTV, T = k_RGTK[:, :, :n], v_RGTV[:, :, :n], n
         k_sums = self.holder.k_sums
         v_sums = self.v_sums if self.separate else k_sums
-        k_RGMK = k_sums[..., :T, :].mT.to(k_RGTK.dtype) @ k_RGTK
-        v_RGMV = v_sums[..., :T, :].mT.to(v_RGTV.dtype) @ v_RGTV
-        bias_R11M = None
+        M, bias_R11M, rows_RT = self.config.projected_length, None, None
+        length_R = torch.tensor([T], device=k_RGTK.device) if length_R is None else length_R
+        if self.config.contiguous:
+            rows_RT = stretched_rows(length_R, T, n, M)
+        k_RGMK = _sums(k_sums, T, rows_RT).mT.to(k_RGTK.dtype) @ k_RGTK
+        v_RGMV = _sums(v_sums, T, rows_RT).mT.to(v_RGTV.dtype) @ v_RGTV
         if self.config.by_length:
-            length_R = torch.tensor([T], device=k_RGMK.device) if length_R is None else length_R
-            count_R1M1 = tokens_per_sum(length_R, self.config.projected_length)[:, None, :, None].to(k_RGMK.dtype)
+            count_RM = tokens_per_sum(length_R, M) if rows_RT is None else tokens_per_piece(rows_RT, length_R, n, M)
+            count_R1M1 = count_RM[:, None, :, None].to(k_RGMK.dtype)
             k_RGMK, v_RGMV = (x / count_R1M1.clamp(min=1) for x in (k_RGMK, v_RGMV))
             bias_R11M = count_R1M1.mT.log()
         q_RHTK = q_RHTK.to(k_RGMK.dtype)
@@ -122,12 +137,15 @@ class Linformer(QKVMixer):
                 init.normal_(getattr(self, name), std=self.config.projected_length**-0.5)
 
     @classmethod
-    def conversion_defaults(cls, attention: AttentionWeights) -> dict[str, Any]:
-        """Sums by length: exact for texts of up to `projected_length` tokens."""
-        return {"by_length": True}
+    def config_from_attention(cls, attention: AttentionWeights, **options: Any) -> MixerOptions:
+        """Sums by length: exact for texts of up to `projected_length` tokens, and of neighbours beyond."""
+        defaults = {"by_length": True, "contiguous": options.get("by_length", True)}
+        return super().config_from_attention(attention, **{**defaults, **options})
 
     def start_from(self, attention: AttentionWeights, stats: AttentionStats | None) -> None:
         start = every_mth if self.config.by_length else segment_means
+        if self.config.contiguous:
+            start = segments
         for name in ("k_sums", "v_sums"):
             if hasattr(self, name):
                 sums = getattr(self, name)
@@ -139,10 +157,41 @@ class Linformer(QKVMixer):
         return {"max_length": 80, "projected_length": 9}
 
 
+def _sums(sums_nM: Tensor, length: int, rows_RT: Tensor | None) -> Tensor:
+    """The rows of E that the tokens read: the first `length`, or of each sequence its own, (R, 1 or G, T, M)."""
+    if rows_RT is None:
+        return sums_nM[..., :length, :]
+    rows_RTM = sums_nM[..., rows_RT, :]
+    return rows_RTM.transpose(0, 1) if rows_RTM.dim() == 4 else rows_RTM[:, None]
+
+
+def stretched_rows(length_R: Tensor, longest: int, n: int, sums: int) -> Tensor:
+    """(R, T): the row of n that each of `longest` tokens reads where n rows are stretched over a sequence.
+
+    Up to `sums` tokens each is in a piece of its own. Behind a sequence's end rows have no meaning.
+    """
+    t_T, length_R1 = torch.arange(longest, device=length_R.device), length_R[:, None].clamp(min=1)
+    rows_RT = t_T * n // length_R1
+    if sums <= n:
+        rows_RT = rows_RT.maximum(-(-(t_T * sums // length_R1 * n) // sums))
+    return rows_RT.clamp(max=n - 1)
+
+
+def tokens_per_piece(rows_RT: Tensor, length_R: Tensor, n: int, sums: int) -> Tensor:
+    """(R, sums): how many tokens of each sequence read a row of each piece; at least 1 for the first piece."""
+    real_RT = (torch.arange(rows_RT.shape[1], device=rows_RT.device) < length_R[:, None]).long()
+    count_RM = rows_RT.new_zeros(len(rows_RT), sums).scatter_add(1, rows_RT * sums // n, real_RT)
+    return torch.cat([count_RM[:, :1].clamp(min=1), count_RM[:, 1:]], 1)
+
+
+def segments(length: int, pieces: int) -> Tensor:
+    """(length, pieces): column j has ones at the j-th of `pieces` pieces, whose sizes differ by at most one."""
+    return F.one_hot(torch.arange(length) * pieces // length, pieces).float()
+
+
 def segment_means(length: int, pieces: int) -> Tensor:
-    """(length, pieces): column j is the mean over the j-th of `pieces` pieces, whose sizes differ by at most one."""
-    piece_n = torch.arange(length) * pieces // length
-    taken = F.one_hot(piece_n, pieces).float()
+    """(length, pieces): `segments` over their sizes."""
+    taken = segments(length, pieces)
     return taken / taken.sum(0).clamp(min=1)
 
 
