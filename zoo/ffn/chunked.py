@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 def in_chunks(function: Callable[[Tensor], Tensor], x_BLD: Tensor, chunk: int | None) -> Tensor:
     """`function(x_BLD)`, computed for `chunk` positions at a time; all at once with None."""
-    if chunk is None or x_BLD.shape[1] <= chunk:
+    if chunk is None or torch.compiler.is_exporting() or x_BLD.shape[1] <= chunk:  # a graph may be of any length
         return function(x_BLD)
     pieces = x_BLD.split(chunk, 1)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -95,6 +95,8 @@ class BigBird(QKVMixer):
         A row's blocks depend on the number of its real tokens only.
         """
         c = self.config
+        if torch.compiler.is_exporting():  # rows of all lengths read one table, in which those of the longest stand
+            length = c.max_length
         N = -(-length // c.block_size)
         if c.random_pattern == "first_block" or length <= c.full_up_to:
             return torch.zeros(1, c.num_heads, N, c.num_random_blocks, dtype=torch.long)

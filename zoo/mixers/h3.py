@@ -34,6 +34,7 @@ from zoo.linear import Linear
 from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits
 from zoo.mixers.recurrent import first_order_share, lookback
 from zoo.mixers.s4d import PairedStateOptions, initial_rates
+from zoo.ops.pairs import from_pairs, numbers, to_pairs
 from zoo.ops.state_space import diagonal_ssm, discretize
 from zoo.registry import register_mixer
 
@@ -119,22 +120,22 @@ class H3(SequenceMixer):
         split = lambda x_BLE: x_BLE.unflatten(-1, (-1, P)).permute(0, 3, 1, 2)  # noqa: E731 (B, P, L, H)
         kv_RLH = (split(k_BLE)[:, :, None] * split(v_BLE)[:, None]).flatten(0, 2)
         repeat = lambda t: None if t is None else t.repeat_interleave(P * P, 0)  # noqa: E731
-        log_z, taken = discretize(
-            self.log_dt.exp(), torch.complex(-self.log_A_real.exp(), self.A_imag), self.config.discretization
-        )
+        steps = state is not None
+        A_HN = numbers(-self.log_A_real.exp(), self.A_imag, steps)
+        log_z, taken = discretize(self.log_dt.exp(), A_HN, self.config.discretization)
         s_RLH, after = diagonal_ssm(
             kv_RLH,
             log_z,
-            torch.view_as_complex(self.B) * torch.view_as_complex(self.C) * taken,
-            initial=None if state is None else torch.view_as_complex(state["ssm"]).flatten(0, 1),
-            final=state is not None,
+            from_pairs(self.B, steps) * from_pairs(self.C, steps) * taken,
+            initial=None if state is None else from_pairs(state["ssm"], steps).flatten(0, 1),
+            final=steps,
             mask_BL=repeat(mask_BL),
             segments_BL=repeat(segments_BL),
         )
         s_RLH = s_RLH + kv_RLH * self.D.to(kv_RLH.dtype)
         y_BPLH = (s_RLH.view(B, P, P, L, -1) * split(q_BLE)[:, :, None]).sum(1)
         y_BLE = y_BPLH.permute(0, 2, 3, 1).flatten(2)
-        return y_BLE, None if after is None else torch.view_as_real(after.unflatten(0, (B, P * P)))
+        return y_BLE, None if after is None else to_pairs(after.unflatten(0, (B, P * P)))
 
     def shift_kernel(self) -> Tensor:
         """s_l, with the skip in s_0: (E, N), a correlation of B' and C'."""

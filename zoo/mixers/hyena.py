@@ -197,12 +197,12 @@ class Hyena(SequenceMixer):
             joined_BSE = take(joined_BSE, right_align(mask_BS), 1)
         if y_BLE is None:
             y_BLE = long_conv_step(joined_BSE, kernel_ET)
-        return y_BLE, joined_BSE[:, max(S - keep, 0) :]
+        return y_BLE, joined_BSE[:, torch.sym_max(S - keep, 0) :]
 
     def kernels(self, length: int) -> tuple[Tensor, Tensor | None]:
         """The first `length` taps, at most `window`, of all filters (N - 1, E, T), and of those that look ahead."""
         c, weight = self.config, self.filter.first_weight
-        T = min(length, c.window)
+        T: Any = torch.sym_min(length, c.window)
         with no_autocast(weight):
             if self.positions is not None:
                 z_TF: Tensor = self.positions
@@ -218,6 +218,10 @@ class Hyena(SequenceMixer):
 
     def _filters(self, length: int, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         """`kernels`, kept from one decoding step to the next as long as no weight changes."""
+        if (
+            torch.compiler.is_exporting() and inputs.x_BLD.shape[1] > 1
+        ):  # no length is built in where all taps are there
+            return self.kernels(self.config.window)
         step = inputs.state is not None and inputs.start > 0 and inputs.x_BLD.shape[1] == 1
         if not step or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._kept = None

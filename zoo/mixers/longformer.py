@@ -167,14 +167,14 @@ class Longformer(SlidingWindow):
         n, S = self.config.global_tokens, k.shape[2]
         first = max(S - 1 - (self.config.window - 1) * dilation, (S - 1) % dilation)
         k, v = k[:, :, first::dilation], v[:, :, first::dilation]
-        places_BW = positions_BS[:, first::dilation].expand(len(q), -1)
+        places_BW = positions_BS[:, first::dilation].expand(q.shape[0], -1)
         visible = places_BW >= n
         if mask_BS is not None:
             visible = visible & mask_BS[:, first::dilation]
         if global_kv:
             k, v = torch.cat([global_kv[0], k], 2), torch.cat([global_kv[1], v], 2)
             past_BN = torch.arange(n, device=q.device) <= positions_BS[:, -1:]
-            visible = torch.cat([past_BN.expand(len(q), -1), visible], 1)
+            visible = torch.cat([past_BN.expand(q.shape[0], -1), visible], 1)
         # A padded query, or one at a global token, sees all: finite, and thrown away.
         y = ops.attention(q, k, v, scale=self.config.softmax_scale, mask_BS=self._or_all(visible), finite_padding=True)
         return y if mask_BS is None else y.masked_fill(~mask_BS[:, None, -1:, None], 0)

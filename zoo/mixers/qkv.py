@@ -183,7 +183,8 @@ class QKVMixer(SequenceMixer):
         counts = self.config.rotary is not None or self.needs_positions
         if counts and state is not None and (mask_BL is not None or "seen" in state):
             # Rows differ from the first padding on; until then a state's length says it all.
-            seen_B = state["seen"] if "seen" in state else x_BLD.new_full((len(x_BLD),), state.length, dtype=torch.long)
+            B = x_BLD.shape[0]
+            seen_B = state["seen"] if "seen" in state else x_BLD.new_full((B,), state.length, dtype=torch.long)
         if counts and (mask_BL is not None or segments_BL is not None or seen_B is not None):
             positions_BL = token_positions(x_BLD, mask_BL, segments_BL, seen_B)
         inputs = Inputs(x_BLD, mask_BL, segments_BL, positions_BL, state, shared)

@@ -14,7 +14,7 @@ Conversion as for `s4d`: the first mode, taken out of the low-rank part, becomes
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from zoo.config import MixerOptions
 from zoo.mixers.base import AttentionStats, AttentionWeights
 from zoo.mixers.s4d import StateSpaceMixer, StateSpaceOptions, channel_half_lives
 from zoo.ops.dplr import DPLR, dplr_ssm
+from zoo.ops.pairs import from_pairs, numbers
 from zoo.ops.state_space import legs_normal
 from zoo.registry import register_mixer
 
@@ -54,22 +55,18 @@ class S4(StateSpaceMixer):
         self.C_back = None if config.causal else nn.Parameter(torch.empty(width, pairs, 2))
         self.reset_parameters(0.02)
 
-    def model(self) -> DPLR:
-        """The state space models of all channels."""
+    def model(self, steps: bool = False) -> DPLR:
+        """The state space models of all channels; `steps` where they go from state to state."""
         outputs: list[Tensor] = [self.C] if self.C_back is None else [self.C, self.C_back]
         return DPLR(
             self.log_dt.exp(),
-            torch.complex(-self.log_A_real.exp(), self.A_imag),
-            torch.view_as_complex(self.P),
-            torch.view_as_complex(self.B),
-            torch.view_as_complex(torch.stack(outputs)),
+            numbers(-self.log_A_real.exp(), self.A_imag, steps),
+            *(from_pairs(x, steps) for x in (self.P, self.B, torch.stack(outputs))),
         )
 
-    def ssm(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, segments_BL: Tensor | None, state: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def ssm(self, x_BLD: Tensor, mask_BL: Tensor | None, segments_BL: Tensor | None, state: Any) -> tuple[Tensor, Any]:
         final = state is not None
-        return dplr_ssm(x_BLD, self.model(), initial=state, final=final, mask_BL=mask_BL, segments_BL=segments_BL)
+        return dplr_ssm(x_BLD, self.model(final), initial=state, final=final, mask_BL=mask_BL, segments_BL=segments_BL)
 
     def reset_parameters(self, std: float) -> None:
         """w, P and B of HiPPO-LegS, C complex normal of variance one, dt log-uniform in [dt_min, dt_max]."""

@@ -28,6 +28,7 @@ from zoo.config import MixerOptions
 from zoo.linear import Linear
 from zoo.mixers.base import AttentionStats, AttentionWeights, SequenceMixer, State, Traits
 from zoo.mixers.recurrent import LN2, lookback
+from zoo.ops.pairs import from_pairs, numbers, to_pairs
 from zoo.ops.state_space import diagonal_ssm, discretize, legs_normal
 from zoo.registry import register_mixer
 
@@ -73,10 +74,8 @@ class StateSpaceMixer(SequenceMixer):
         self.out_proj = Linear(width, width * (1 + config.glu))
 
     @abstractmethod
-    def ssm(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, segments_BL: Tensor | None, state: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The state space model: outputs (B, L, D), and the new complex state where there was one."""
+    def ssm(self, x_BLD: Tensor, mask_BL: Tensor | None, segments_BL: Tensor | None, state: Any) -> tuple[Tensor, Any]:
+        """The state space model: outputs (B, L, D), and the new complex state (or `Pairs`) where there was one."""
 
     def forward(
         self,
@@ -87,7 +86,7 @@ class StateSpaceMixer(SequenceMixer):
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
         x_BLD = self.take_in(x_BLD, mask_BL, segments_BL, state)
-        before = None if state is None else torch.view_as_complex(state["ssm"])
+        before = None if state is None else from_pairs(state["ssm"], steps=True)
         y_BLD, after = self.ssm(x_BLD, mask_BL, segments_BL, before)
         out_BLD = self.out_proj(F.gelu(y_BLD + x_BLD * self.D.to(x_BLD.dtype)))
         if self.config.glu:
@@ -95,7 +94,7 @@ class StateSpaceMixer(SequenceMixer):
         if state is None:
             return out_BLD, None
         assert after is not None
-        return out_BLD, State({"ssm": torch.view_as_real(after)}, state.length + x_BLD.shape[1])
+        return out_BLD, State({"ssm": to_pairs(after)}, state.length + x_BLD.shape[1])
 
     def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> State:
         device, dtype = device or self.D.device, torch.promote_types(dtype or self.D.dtype, torch.float32)
@@ -179,18 +178,16 @@ class S4D(StateSpaceMixer):
         self.C_back = None if config.causal else nn.Parameter(torch.empty(width, pairs, 2))
         self.reset_parameters(0.02)
 
-    def discrete(self) -> tuple[Tensor, Tensor]:
+    def discrete(self, steps: bool = False) -> tuple[Any, Any]:
         """log z and the factor of the inputs, both complex (D, N / 2)."""
-        A_DN = torch.complex(-self.log_A_real.exp(), self.A_imag)
+        A_DN = numbers(-self.log_A_real.exp(), self.A_imag, steps)
         return discretize(self.log_dt.exp(), A_DN, self.config.discretization)
 
-    def ssm(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, segments_BL: Tensor | None, state: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        log_z, taken = self.discrete()
-        back = None if self.C_back is None else torch.view_as_complex(self.C_back) * taken
-        c = torch.view_as_complex(self.C) * taken
+    def ssm(self, x_BLD: Tensor, mask_BL: Tensor | None, segments_BL: Tensor | None, state: Any) -> tuple[Tensor, Any]:
         final = state is not None
+        log_z, taken = self.discrete(steps=final)
+        back = None if self.C_back is None else torch.view_as_complex(self.C_back) * taken
+        c = from_pairs(self.C, steps=final) * taken
         return diagonal_ssm(x_BLD, log_z, c, back, initial=state, final=final, mask_BL=mask_BL, segments_BL=segments_BL)
 
     def reset_parameters(self, std: float) -> None:

@@ -97,7 +97,7 @@ class Scan(SequenceMixer):
             x, mask, segments = (None if part is None else part[i] for part in inputs)
             extra, passed = self._passed_on(mixer, i, shared)
             y = mixer(x, mask_BL=mask, segments_BL=segments, **extra)[0]
-            outputs += y.chunk(count // parts)
+            outputs += y.unflatten(0, (count // parts, -1)).unbind(0)
             if shared is not None:
                 shared.update({f"scan.{i}.{name}": tensor for name, tensor in passed.items()})
         back = [undo(y) for (_, undo), y in zip(orders, outputs, strict=True)]

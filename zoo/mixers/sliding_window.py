@@ -92,7 +92,7 @@ class SlidingWindow(QKVMixer):
         assert state is not None
         k_BGSK, v_BGSV = torch.cat([state["k"], k_BGLK], 2), torch.cat([state["v"], v_BGLV], 2)
         B, L, S = k_BGLK.shape[0], k_BGLK.shape[2], k_BGSK.shape[2]
-        first = max(S - self.keep, 0)
+        first = torch.sym_max(S - self.keep, 0)  # no branch: a graph may be of any length
         mask_BS, tensors = None, {}
         if mask_BL is not None or "mask" in state:
             ones = torch.ones(B, S, dtype=torch.bool, device=k_BGLK.device)
@@ -105,7 +105,9 @@ class SlidingWindow(QKVMixer):
         else:
             order = right_align(mask_BS)[:, first:]
             tensors = {"k": take(k_BGSK, order, 2), "v": take(v_BGSV, order, 2), "mask": mask_BS.gather(1, order)}
-        if 2 * self.keep + 16 < S:  # do not hold a long prompt in memory for the sake of its end
+        if (
+            not torch.compiler.is_exporting() and 2 * self.keep + 16 < S
+        ):  # do not hold a long prompt in memory for the sake of its end
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         if self.config.sinks:
             tensors["sink_k"] = self._sinks(state["sink_k"], k_BGLK, mask_BS, inputs)
@@ -133,7 +135,7 @@ class SlidingWindow(QKVMixer):
             return self._attend_one(q_BHLK, joined, inputs)
         positions_BL, L = inputs.positions_BL, q_BHLK.shape[2]
         if positions_BL is None and c.sinks:
-            positions_BL = torch.arange(inputs.start, inputs.start + L, device=q_BHLK.device).expand(len(q_BHLK), L)
+            positions_BL = torch.arange(inputs.start, inputs.start + L, device=q_BHLK.device).expand(q_BHLK.shape[0], L)
         return ops.window_attention(
             q_BHLK,
             joined.k_BGSK,
@@ -148,7 +150,7 @@ class SlidingWindow(QKVMixer):
     def _attend_one(self, q_BH1K: Tensor, joined: Joined, inputs: Inputs) -> Tensor:
         """One query: the window and the sinks beside each other are all its keys."""
         c, tensors, mask_BS = self.config, joined.tensors, joined.mask_BS
-        first = max(joined.k_BGSK.shape[2] - c.window, 0)
+        first = torch.sym_max(joined.k_BGSK.shape[2] - c.window, 0)
         k, v = joined.k_BGSK[:, :, first:], joined.v_BGSV[:, :, first:]
         if c.sinks and mask_BS is None:
             outside = min(max(inputs.start - c.window + 1, 0), c.sinks)

@@ -54,11 +54,14 @@ class RoutedBlock(Block):
     """A block that only the chosen tokens take; see the module docstring.
 
     `chosen_BL` is the last choice (B, L), `auxiliary_loss` the predictor's weighted loss in the last training forward.
+    `as_padding` computes the block for all tokens, with those that are not chosen masked: the same at the full cost,
+    but no shape depends on the choice. Graphs that leave torch are always made so.
     """
 
     auxiliary_loss: Tensor | None = None
     chosen_BL: Tensor | None = None
     select: Literal["top", "predictor"] | None = None
+    as_padding: bool = False
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
         super().__init__(spec, layer)
@@ -88,6 +91,8 @@ class RoutedBlock(Block):
             x_BLD = x_BLD.masked_fill(~mask_BL[..., None], 0)
         score_BL = _at_least_float32(self.router(x_BLD).squeeze(-1))
         chosen_BL = self.chosen_BL = self._choose(x_BLD, score_BL, mask_BL, segments_BL, shared)
+        if self.as_padding or torch.compiler.is_exporting():
+            return self._masked(x_BLD, chosen_BL, score_BL, state, shared)
         count_B = chosen_BL.sum(1)
         C = int(count_B.max())
         if not isinstance(state, DepthState | None):
@@ -107,6 +112,15 @@ class RoutedBlock(Block):
             return x_BLD, None
         assert inner is not None
         return x_BLD, DepthState({}, state.length + x_BLD.shape[1], inner)
+
+    def _masked(
+        self, x_BLD: Tensor, chosen_BL: Tensor, score_BL: Tensor, state: Any, shared: dict[str, Tensor] | None
+    ) -> tuple[Tensor, State | None]:
+        """All tokens take the block, those that are not chosen as padding."""
+        y_BLD, inner = super().forward(x_BLD, chosen_BL, None, None if state is None else state.inner, shared)
+        added_BLD = (y_BLD - x_BLD) * score_BL[..., None].to(x_BLD.dtype)
+        x_BLD = x_BLD + added_BLD.masked_fill(~chosen_BL[..., None], 0)
+        return x_BLD, None if inner is None else DepthState({}, state.length + x_BLD.shape[1], inner)
 
     def _choose(
         self,

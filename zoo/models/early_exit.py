@@ -155,14 +155,17 @@ class ExitPass:
         self.gone_BL = self.gone_BL | new_BL
         self.head_BLD = torch.where(new_BL[..., None], head_BLD, self.head_BLD)
         self.used_BL = self.used_BL.masked_fill(new_BL, i + 1)
+        if torch.compiler.is_exporting():
+            return  # a graph has no branches: every layer is computed, and its output not taken
         self.all_gone = bool((self.gone_BL if mask_BL is None else self.gone_BL | ~mask_BL).all())
 
     def finish(self, last_BLD: Tensor) -> Tensor:
         """What the vocabulary reads: of each token where it left."""
         if self.exits.training or self.gone_BL is None or self.head_BLD is None or self.used_BL is None:
             return last_BLD
-        for layers in self.used_BL[:, -1].tolist():
-            self.exits.counts[layers] += 1
+        if not torch.compiler.is_exporting():
+            for layers in self.used_BL[:, -1].tolist():
+                self.exits.counts[layers] += 1
         return torch.where(self.gone_BL[..., None], self.head_BLD, last_BLD)
 
     def loss(self, last: Tensor, loss_of: Callable[[Tensor], Tensor]) -> Tensor:

@@ -57,7 +57,7 @@ def behind_meta(
 ) -> tuple[Tensor, State | None]:
     """The block at `place` on the sequences behind the meta tokens, which it hands on."""
     meta_MD = shared[f"meta.{place}"].to(x_BLD.dtype)
-    B, M = len(x_BLD), len(meta_MD)
+    B, M = x_BLD.shape[0], len(meta_MD)
     if block.runs_as is not None:
         raise ConfigError("meta_tokens: a model with them has no same_as, for a block must know where it stands")
     all_BSD = torch.cat([meta_MD.expand(B, -1, -1), x_BLD], 1)

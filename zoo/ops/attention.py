@@ -192,3 +192,29 @@ def visible_keys(
     if mask_BS is not None and visible is not None:
         visible = visible | ~mask_BS[:, s - length :, None]
     return visible
+
+
+def _all_pairs_serve(*_: Tensor, segments_BS, globals_BS, **__) -> bool:
+    return torch.compiler.is_exporting() and segments_BS is None and globals_BS is None
+
+
+@register_backend("window_attention", "all_pairs", usable=_all_pairs_serve)
+def _all_pairs(q, k, v, *, window, sinks, sink_kv, positions_BL, causal, scale, mask_BS, **_) -> Tensor:
+    """A window, hidden keys and all: for graphs that leave torch, into which blocks would build a length."""
+    (b, h, length, _), s = q.shape, k.shape[2]
+    visible = visible_keys(length, s, q.device, causal, mask_BS, None, window)
+    assert visible is not None
+    place_BS = torch.arange(s, device=q.device)[None] if mask_BS is None else mask_BS.cumsum(1) - 1
+    if mask_BS is not None:
+        k, v = (x.masked_fill(~mask_BS[:, None, :, None], 0) for x in (k, v))
+    if sinks and sink_kv is None:
+        reachable = visible_keys(length, s, q.device, causal, mask_BS, None, s)
+        visible = visible | (reachable & (place_BS < sinks)[:, None])
+    if sink_kv is not None:
+        at_BL = place_BS[:, s - length :] if positions_BL is None else positions_BL
+        distance_BLN = at_BL[..., None] - torch.arange(sink_kv[0].shape[2], device=q.device)
+        far_BLN = (distance_BLN if causal else distance_BLN.abs()) >= window
+        visible = torch.cat([far_BLN.expand(b, -1, -1), visible.expand(b, -1, -1)], -1)
+        k, v = (torch.cat([given.to(x.dtype), x], 2) for given, x in zip(sink_kv, (k, v), strict=True))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=scale, enable_gqa=h != k.shape[1])
+    return y if mask_BS is None else y.masked_fill(~mask_BS[:, None, s - length :, None], 0)

@@ -11,6 +11,8 @@ R random blocks, J keys that a query meets.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,7 +54,8 @@ def block_sparse_attention(
         raise ConfigError(f"{length} queries but {k_BGLK.shape[2]} keys; block-sparse attention carries no state")
     scale = k**-0.5 if scale is None else scale
     full_up_to = max(full_up_to, block)  # one block is a global block: all see all
-    if length <= full_up_to:
+    # A graph that leaves torch has one form for all lengths; there every row is looked at by itself, below.
+    if not (torch.compiler.is_exporting() and mask_BL is not None) and length <= full_up_to:
         return attention(q_BHLK, k_BGLK, v_BGLV, causal=False, scale=scale, mask_BS=mask_BL)
     q, k_, v = q_BHLK, k_BGLK, v_BGLV
     if (dtype := autocast_dtype(q)) is not None:
@@ -69,9 +72,12 @@ def block_sparse_attention(
         short_B = count_B <= full_up_to
         if torch.compiler.is_compiling() or bool(short_B.any()):
             real_BT = torch.arange(full_up_to, device=q.device) < count_B[:, None]
-            near = (x[:, :, :full_up_to] for x in (q, k_, v))
+            fill: Any = torch.sym_max(full_up_to - length, 0)
+            rest: Any = torch.sym_max(length - full_up_to, 0)
+            near = (F.pad(x, (0, 0, 0, fill))[:, :, :full_up_to] for x in (q, k_, v))
             full = attention(*near, causal=False, scale=scale, mask_BS=real_BT)
-            y = torch.where(short_B[:, None, None, None], F.pad(full, (0, 0, 0, length - full_up_to)), y)
+            full = F.pad(full, (0, 0, 0, rest))[:, :, :length]
+            y = torch.where(short_B[:, None, None, None], full, y)
         return take(y, invert(order_BL), 2).masked_fill(pad_BL11, 0)
 
 
@@ -83,6 +89,8 @@ def _sparse(q, k, v, count_B: Tensor, block: int, random_BHNR: Tensor, scale: fl
     last_B = ((count_B - 1) // block).clamp(min=0)
     real_BNC = (torch.arange(n * block, device=q.device) < count_B[:, None]).view(b, n, block)
     random_BHNR = random_BHNR[:, :, :n].expand(b, -1, -1, -1)
+    if torch.compiler.is_exporting():  # in rows that are too short for this form, and whose answers come from elsewhere
+        random_BHNR = random_BHNR.minimum(torch.arange(n, device=q.device)[-1])
     parts = [_band(k, v, real_BNC, last_B, block), _global_blocks(k, v, real_BNC, last_B, block)]
     if random_BHNR.shape[3]:
         parts.append(_random_blocks(k, v, real_BNC, random_BHNR, h // g))
@@ -155,7 +163,7 @@ def _answer_global_blocks(y, q, k, v, real_BNC: Tensor, last_B: Tensor, block: i
 def _global_places(last_B: Tensor, block: int) -> Tensor:
     """Places of the tokens of the first and the last block, (B, 2 C)."""
     first_C = torch.arange(block, device=last_B.device)
-    return torch.cat([first_C.expand(len(last_B), -1), last_B[:, None] * block + first_C], 1)
+    return torch.cat([first_C.expand(last_B.shape[0], -1), last_B[:, None] * block + first_C], 1)
 
 
 def separate_segments(segments_BL: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from zoo.errors import ConfigError
 from zoo.ops import chunks, fla
 from zoo.ops.backends import dispatch, no_autocast, register_backend
+from zoo.ops.stepwise import leaves_torch, repeat_step
 
 OP = "delta_rule"
 
@@ -114,6 +115,21 @@ def _kernel(q_BHLK, k_BGLK, v_BGLV, beta_BGL, log_decay_BGL, initial, scale: flo
     if log_decay_BGL is not None:
         name, gates["g"] = "gated_delta_rule.chunk_gated_delta_rule", fla.bounded(log_decay_BGL)
     return fla.run(name, q_BHLK, {"k": k_BGLK, "v": v_BGLV}, gates, initial, starts_BL, scale=scale)
+
+
+@register_backend("vector_delta_rule", "scan", usable=leaves_torch)
+@register_backend(OP, "scan", usable=leaves_torch)
+def _by_steps(q_BHLK, k_BGLK, v_BGLV, beta_BGL, log_decay, initial, scale: float, chunk, starts_BL):
+    """Step by step, for graphs that leave torch."""
+    (B, G, _, K), dtype = k_BGLK.shape, beta_BGL.dtype
+    state = k_BGLK.new_zeros(B, G, K, v_BGLV.shape[-1], dtype=dtype) if initial is None else initial
+    R, decays = q_BHLK.shape[1] // G, () if log_decay is None else (log_decay,)
+
+    def step(state, q, k, v, beta, *decay):
+        return _step(q, k, v, beta, decay[0] if decay else None, state, R)
+
+    y, state = repeat_step(step, state, (*(x.to(dtype) for x in (q_BHLK, k_BGLK, v_BGLV)), beta_BGL, *decays), 2)
+    return (y if scale == 1.0 else y * scale).to(v_BGLV.dtype), state
 
 
 @register_backend(OP, "torch")

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from zoo.errors import ConfigError
 from zoo.ops.backends import dispatch, no_autocast, register_backend
 from zoo.ops.chunks import run_starts
+from zoo.ops.stepwise import leaves_torch, repeat_step
 
 OP = "selective_scan"
 _ROOM = {"cpu": 1 << 19}  # numbers in one chunk of states: on a CPU what stays in its cache
@@ -69,8 +70,7 @@ def selective_scan(
         starts_BL = None if segments_BL is None else run_starts(segments_BL, mask_BL)
         state = x.new_zeros(x.shape[0], *A.shape) if initial is None else initial.to(dtype)
         if x.shape[1] == 1 and backend is None:
-            state = (dt.mT * A).exp() * state + (dt * x).mT * B
-            y = (state @ C.mT).mT
+            y, state = _step(state, x, dt, B, C, A)
         else:
             y, state = dispatch(OP, backend, x, dt, A, B, C, starts_BL, state, chunk)
     return y.to(x_BLE.dtype), state if final else None
@@ -88,6 +88,17 @@ def check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial
     for name, (tensor, shape) in wanted.items():
         if tensor.shape != shape:
             raise ConfigError(f"{OP}: {name} must be {tuple(shape)}; got {tuple(tensor.shape)}")
+
+
+def _step(state_BEN, x_B1E, dt_B1E, B_B1N, C_B1N, A_EN) -> tuple[Tensor, Tensor]:
+    state_BEN = (dt_B1E.mT * A_EN).exp() * state_BEN + (dt_B1E * x_B1E).mT * B_B1N
+    return (state_BEN @ C_B1N.mT).mT, state_BEN
+
+
+@register_backend(OP, "scan", usable=leaves_torch)
+def _by_steps(x, dt, A, B, C, starts_BL, state, chunk: int | None) -> tuple[Tensor, Tensor]:
+    """Step by step, for graphs that leave torch."""
+    return repeat_step(_step, state, (x, dt, B, C), 1, (A,))
 
 
 @register_backend(OP, "torch")

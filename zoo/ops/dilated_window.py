@@ -58,7 +58,7 @@ def dilated_window_attention(
             f"global_kv holds {global_kv[0].shape[2]} tokens where global_tokens is {global_tokens}; "
             "the two must agree, and global_kv excludes segments"
         )
-    b, s, length = len(q_BHLK), k_BGSK.shape[2], q_BHLK.shape[2]
+    b, s, length = q_BHLK.shape[0], k_BGSK.shape[2], q_BHLK.shape[2]
     if positions_BS is None:
         positions_BS = token_positions(k_BGSK[:, 0], mask_BS, segments_BS)
     positions_BS = positions_BS.expand(b, s)
@@ -83,7 +83,7 @@ def _near(q, k, v, positions_BS, mask_BS, runs_BS, global_tokens, global_kv, opt
 
 
 def _folded(dilation: int, q, k, v, positions_BS, mask_BS, runs_BS, global_tokens, global_kv, options) -> Tensor:
-    b, s, length = len(q), k.shape[2], q.shape[2]
+    b, s, length = q.shape[0], k.shape[2], q.shape[2]
     remainders_T1 = torch.arange(dilation, device=q.device)[:, None]
     member_BTS = (positions_BS[:, None] % dilation == remainders_T1) | (positions_BS[:, None] < global_tokens)
     if mask_BS is not None:

@@ -20,6 +20,7 @@ Shapes: B batch, L positions, E channels, N pairs stored of a channel, M = 2N, J
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,28 +28,31 @@ from torch import Tensor
 from zoo.errors import ConfigError
 from zoo.ops.backends import no_autocast
 from zoo.ops.long_conv import long_conv
+from zoo.ops.pairs import Pairs, from_pairs, to_pairs, where
+from zoo.ops.stepwise import repeat_step
 
 OP = "dplr_ssm"
 
 
 @dataclass(frozen=True)
 class DPLR:
-    """One model per channel: steps dt; rates w, rank-one part P, input B and outputs C, which are complex."""
+    """One model per channel: steps dt; rates w, rank-one part P, input B and outputs C,
+    which are complex (or `Pairs`)."""
 
     dt_E: Tensor
-    w_EN: Tensor
-    p_EN: Tensor
-    b_EN: Tensor
-    c_QEN: Tensor
+    w_EN: Any
+    p_EN: Any
+    b_EN: Any
+    c_QEN: Any
 
-    def solve(self, v: Tensor) -> Tensor:
+    def solve(self, v: Any) -> Any:
         """(I - dt/2 A)^-1 v for v (..., E, N), by Woodbury's identity."""
         half_E1 = self.dt_E[:, None] / 2
         d_EN = 1 / (1 - half_E1 * self.w_EN)
         dp_EN, dv = d_EN * self.p_EN, d_EN * v
         return dv - dp_EN * (half_E1 * _inner(self.p_EN, dv) / (1 + half_E1 * _inner(self.p_EN, dp_EN)))
 
-    def half_forward(self, v: Tensor) -> Tensor:
+    def half_forward(self, v: Any) -> Any:
         """(I + dt/2 A) v."""
         return v + self.dt_E[:, None] / 2 * (self.w_EN * v - self.p_EN * _inner(self.p_EN, v))
 
@@ -75,7 +79,7 @@ class DPLR:
         return 2 * diagonal_EMM - 4 * _to_real(left_EN)[:, :, None] * _to_real(right_EN.conj())[:, None]
 
 
-def _inner(p: Tensor, v: Tensor) -> Tensor:
+def _inner(p: Any, v: Any) -> Tensor:
     """P* v over both of each pair: 2 Re(sum conj(p) v), kept as (..., 1)."""
     return 2 * (p.conj() * v).sum(-1, keepdim=True).real
 
@@ -92,17 +96,18 @@ def dplr_ssm(
     x_BLE: Tensor,
     model: DPLR,
     *,
-    initial: Tensor | None = None,
+    initial: Any = None,
     final: bool = False,
     mask_BL: Tensor | None = None,
     segments_BL: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """y = C h of the discretised model: a convolution for a sequence, the recurrence for a single step.
 
     Args:
         x_BLE: inputs, real. model: with one output (Q = 1), or two for the two-sided form: the second reads the states
             of the sequence run backwards before they take in x_t.
-        initial: the state (B, E, N), complex, to start from. final: also return the state behind the last step.
+        initial: the state (B, E, N), complex (`Pairs` where the model's numbers are), to start from.
+        final: also return the state behind the last step.
         mask_BL: bool, True for real tokens. A masked position is an identity step whatever it holds; its output is 0.
         segments_BL: contiguous runs of one id are independent sequences. Not with a state.
 
@@ -112,20 +117,20 @@ def dplr_ssm(
     Raises:
         ConfigError: shapes that do not fit together, or a state where there can be none.
     """
-    (_, L, E), shape = x_BLE.shape, (len(x_BLE), *model.w_EN.shape)
-    if (final or initial is not None) and (segments_BL is not None or len(model.c_QEN) > 1):
+    _, L, E = x_BLE.shape
+    shape = (x_BLE.shape[0], *model.w_EN.shape)
+    if (final or initial is not None) and (segments_BL is not None or model.c_QEN.shape[0] > 1):
         raise ConfigError(f"{OP}: packed segments and the two-sided form have no state to carry")
-    if len(model.w_EN) != E:
-        raise ConfigError(f"{OP}: the model has {len(model.w_EN)} channels, the input {E}")
+    if model.w_EN.shape[0] != E:
+        raise ConfigError(f"{OP}: the model has {model.w_EN.shape[0]} channels, the input {E}")
     if initial is not None and initial.shape != shape:
         raise ConfigError(f"{OP}: the initial state must be {shape}; got {tuple(initial.shape)}")
     with no_autocast(x_BLE):
         x = x_BLE.to(model.dt_E.dtype)
         if mask_BL is not None:
             x = x.masked_fill(~mask_BL[..., None], 0)
-        state: Tensor | None
-        if L == 1 and initial is not None:
-            y, state = _step(x, model, initial, mask_BL)
+        if initial is not None and (L == 1 or isinstance(initial, Pairs)):
+            y, state = _steps(x, model, initial, mask_BL)
         else:
             starts_JEN, powers = (
                 model.written()[None],
@@ -142,11 +147,28 @@ def dplr_ssm(
     return y.to(x_BLE.dtype), state if final else None
 
 
-def _step(x_B1E: Tensor, model: DPLR, initial: Tensor, mask_B1: Tensor | None) -> tuple[Tensor, Tensor]:
+def _steps(x_BLE: Tensor, model: DPLR, initial: Any, mask_BL: Tensor | None) -> tuple[Tensor, Any]:
+    """The recurrence over one position, or over all of them in a graph that leaves torch."""
+    if x_BLE.shape[1] == 1:
+        return _step(initial, x_BLE, mask_BL, model)
+
+    def step(state_BEN2: Tensor, x_B1E: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        *mask_B1, dt_E, w, p, b, c = rest
+        same = DPLR(dt_E, *(from_pairs(x, True) for x in (w, p, b, c)))
+        y_B1E, state = _step(from_pairs(state_BEN2, True), x_B1E, mask_B1[0] if mask_B1 else None, same)
+        return y_B1E, to_pairs(state)
+
+    inputs = (x_BLE,) if mask_BL is None else (x_BLE, mask_BL)
+    constants = (model.dt_E, *(to_pairs(x) for x in (model.w_EN, model.p_EN, model.b_EN, model.c_QEN)))
+    y_BLE, state = repeat_step(step, to_pairs(initial), inputs, 1, constants)
+    return y_BLE, from_pairs(state, True)
+
+
+def _step(before: Any, x_B1E: Tensor, mask_B1: Tensor | None, model: DPLR) -> tuple[Tensor, Any]:
     dt_E1 = model.dt_E[:, None]
-    state = model.solve(model.half_forward(initial) + dt_E1 * model.b_EN * x_B1E.mT)
+    state = model.solve(model.half_forward(before) + dt_E1 * model.b_EN * x_B1E.mT)
     if mask_B1 is not None:
-        state = torch.where(mask_B1[..., None], state, initial)
+        state = where(mask_B1[..., None], state, before)
     y_B1E = 2 * (model.c_QEN[0] * state).sum(-1).real[:, None]
     return y_B1E if mask_B1 is None else y_B1E.masked_fill(~mask_B1[..., None], 0), state
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -45,11 +46,32 @@ def fourier_mixing(x_BLD: Tensor, *, mask_BL: Tensor | None = None, segments_BL:
             raise ConfigError(f"{OP}: {name} has shape {tuple(given.shape)}, but there are {(B, L)} positions")
     with no_autocast(x_BLD):
         x = x_BLD.to(torch.promote_types(x_BLD.dtype, torch.float32))
+        if torch.compiler.is_exporting() and segments_BL is None:
+            return _by_products(x, mask_BL).to(x_BLD.dtype)
         sequences = find_sequences((B, L), mask_BL, segments_BL)
         if sequences is None:
             return _Whole.apply(x).to(x_BLD.dtype)
         channels_RTD = torch.fft.fft(sequences.split(x))
         return sequences.join(ragged_fourier(channels_RTD, sequences.length_R)).to(x_BLD.dtype)
+
+
+def _by_products(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+    """The same as two products with matrices of cosines and sines, for graphs that leave torch: real, of any length."""
+    B, L, D = x_BLD.shape
+    real_BL = x_BLD.new_ones(B, L) if mask_BL is None else mask_BL.to(x_BLD.dtype)
+    count_B11 = real_BL.sum(1).long().clamp(min=1)[:, None, None]
+    place_BL = real_BL.long().cumsum(1) - 1
+    turns_BLL = (place_BL[:, :, None] * place_BL[:, None]) % count_B11 / count_B11
+    n_D = torch.arange(D, device=x_BLD.device)
+    turns_DD = n_D[:, None] * n_D % D / D
+
+    def waves(wave: Callable[[Tensor], Tensor], turns: Tensor) -> Tensor:
+        return wave(2 * math.pi * turns).to(x_BLD.dtype)
+
+    x_BLD = x_BLD * real_BL[..., None]
+    even_BLD = waves(torch.cos, turns_BLL) @ (x_BLD @ waves(torch.cos, turns_DD))
+    odd_BLD = waves(torch.sin, turns_BLL) @ (x_BLD @ waves(torch.sin, turns_DD))
+    return (even_BLD - odd_BLD) * real_BL[..., None]
 
 
 class _Whole(torch.autograd.Function):
@@ -77,7 +99,7 @@ def ragged_fourier(x_RTD: Tensor, length_R: Tensor) -> Tensor:
     phase_RT = math.pi * (n_T * n_T % (2 * length_R1)).double() / length_R1
     chirp_RT1 = torch.polar(torch.ones_like(phase_RT), phase_RT).to(x_RTD.dtype)[..., None]
     # On a circle the distances -(T - 1) .. -1 stand before its end.
-    gap = chirp_RT1.new_zeros(len(x_RTD), size - 2 * T + 1, 1)
+    gap = chirp_RT1.new_zeros(x_RTD.shape[0], size - 2 * T + 1, 1)
     around = torch.fft.fft(torch.cat([chirp_RT1, gap, chirp_RT1[:, 1:].flip(1)], 1), dim=1)
     spectrum = torch.fft.fft(x_RTD * chirp_RT1.conj(), n=size, dim=1) * around
     return (torch.fft.ifft(spectrum, dim=1)[:, :T] * chirp_RT1.conj()).real

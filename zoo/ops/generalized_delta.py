@@ -27,6 +27,7 @@ from zoo.ops import chunks, fla
 from zoo.ops.backends import dispatch, no_autocast, register_backend
 from zoo.ops.delta import _carry, _carry_back, unit_inverse
 from zoo.ops.recurrence import _vector_scores, _vector_scores_grad
+from zoo.ops.stepwise import leaves_torch, repeat_step
 from zoo.ops.vector_delta import _parts, _prefix_suffix, _readers, kernel_serves
 
 OP = "generalized_delta_rule"
@@ -111,6 +112,20 @@ def _kernel(q_BHLK, k_BGLK, v_BGLV, c_BGLK, b_BGLK, log_decay_BGLK, initial, sca
     operands = {"k": k_BGLK, "v": v_BGLV, "a": -c_BGLK, "b": b_BGLK}
     name = "generalized_delta_rule.chunk_dplr_delta_rule"
     return fla.run(name, q_BHLK, operands, {"gk": log_decay_BGLK}, initial, starts_BL, scale=scale)
+
+
+@register_backend(OP, "scan", usable=leaves_torch)
+def _by_steps(q_BHLK, k_BGLK, v_BGLV, c_BGLK, b_BGLK, log_decay_BGLK, initial, scale: float, chunk, starts_BL):
+    """Step by step, for graphs that leave torch."""
+    (B, G, _, K), dtype = k_BGLK.shape, log_decay_BGLK.dtype
+    state = k_BGLK.new_zeros(B, G, K, v_BGLV.shape[-1], dtype=dtype) if initial is None else initial
+    R, inputs = q_BHLK.shape[1] // G, (q_BHLK, k_BGLK, v_BGLV, c_BGLK, b_BGLK, log_decay_BGLK)
+
+    def step(state, q, k, v, c, b, log_decay):
+        return _step(q, k, v, c, b, log_decay, state, R)
+
+    y, state = repeat_step(step, state, tuple(x.to(dtype) for x in inputs), 2)
+    return (y if scale == 1.0 else y * scale).to(v_BGLV.dtype), state
 
 
 @register_backend(OP, "torch")

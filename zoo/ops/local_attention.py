@@ -74,7 +74,7 @@ def _who_sees_whom(ends_B: Tensor, n: int, chunk: int, before: int, after: int, 
     device = ends_B.device
     look_NJ = torch.arange(n, device=device)[:, None] + torch.arange(-before, after + 1, device=device)
     if causal:
-        exists_NJ, look_BNJ = look_NJ >= 0, look_NJ.clamp(min=0).expand(len(ends_B), -1, -1)
+        exists_NJ, look_BNJ = look_NJ >= 0, look_NJ.clamp(min=0).expand(ends_B.shape[0], -1, -1)
     else:
         exists_NJ, look_BNJ = None, look_NJ % (-(-ends_B // chunk)).clamp(min=1)[:, None, None]
     own_NC1 = torch.arange(n * chunk, device=device).view(n, chunk, 1)

@@ -50,8 +50,10 @@ def long_conv(
         if given is not None and given.shape != (B, L):
             raise ConfigError(f"{OP}: {name} has shape {tuple(given.shape)}, but there are {(B, L)} positions")
     with no_autocast(x_BLE):
-        x, kernel = x_BLE.to(dtype), kernel_EL.to(dtype)[:, :L]
-        back = None if back_EL is None else back_EL.to(dtype)[:, : L - 1]
+        x, kernel = x_BLE.to(dtype), kernel_EL.to(dtype)
+        back = None if back_EL is None else back_EL.to(dtype)
+        if not torch.compiler.is_exporting():  # where the length is open, taps that reach too far read zeros
+            kernel, back = kernel[:, :L], None if back is None else back[:, : L - 1]
         if mask_BL is not None:
             x = x.masked_fill(~mask_BL[..., None], 0)
         if segments_BL is not None:
@@ -94,6 +96,15 @@ def _by_segment(x_BLE, kernel, back, mask_BL, segments_BL, backend) -> Tensor:
     back = None if back is None else back[:, : longest - 1]
     y_RLE = dispatch(OP, backend, rows_RLE, kernel[:, :longest], back)
     return torch.zeros_like(x_BLE).index_put((real_BL,), y_RLE[row_T, place_T])
+
+
+@register_backend(OP, "direct", usable=lambda *_: torch.compiler.is_exporting())
+def _direct(x_BLE: Tensor, kernel_ET: Tensor, back_ET: Tensor | None) -> Tensor:
+    """Without a transform, whose size is chosen by the length: for graphs that leave torch."""
+    taps_EX = kernel_ET.flip(1) if back_ET is None else torch.cat([kernel_ET.flip(1), back_ET], 1)
+    ahead = 0 if back_ET is None else back_ET.shape[1]
+    x_BEL = F.pad(x_BLE.mT, (kernel_ET.shape[1] - 1, ahead))
+    return F.conv1d(x_BEL, taps_EX[:, None], groups=x_BLE.shape[2]).mT
 
 
 @register_backend(OP, "torch")

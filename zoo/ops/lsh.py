@@ -46,10 +46,11 @@ def hash_buckets(x_BHLK: Tensor, rotations_HKRM: Tensor, sizes: tuple[int, ...])
     the lowest; so many buckets take few random directions.
     """
     rotations = rotations_HKRM.to(torch.promote_types(x_BHLK.dtype, torch.float32))
-    L, at_once = x_BHLK.shape[2], max(1, _HASHED_AT_ONCE // (len(x_BHLK) * rotations[0].numel()))
     whole = x_BHLK.device.type != "cpu" or torch.compiler.is_compiling()
     with no_autocast(x_BHLK):
-        pieces = x_BHLK.detach().to(rotations.dtype).split(L if whole else at_once, 2)
+        x = x_BHLK.detach().to(rotations.dtype)
+        at_once = max(1, _HASHED_AT_ONCE // (len(x) * rotations[0].numel())) if not whole else 0
+        pieces = (x,) if whole else x.split(at_once, 2)
         return torch.cat([_buckets(x, rotations, sizes) for x in pieces], 2)
 
 

@@ -51,7 +51,8 @@ def nystrom_attention(
     with no_autocast(q_BHLK):
         dtype = torch.promote_types(torch.promote_types(q_BHLK.dtype, v_BGLV.dtype), torch.float32)
         q, k, v = (x.to(dtype) for x in (q_BHLK, k_BGLK, v_BGLV))
-        if landmarks >= L:
+        # A graph that leaves torch has one form for all lengths; there every row is looked at by itself, below.
+        if not (torch.compiler.is_exporting() and mask_BL is not None) and landmarks >= L:
             return attention(q, k, v, causal=False, scale=scale, mask_BS=mask_BL).to(v_BGLV.dtype)
         if mask_BL is not None:
             q, k, v = (x.masked_fill(~mask_BL[:, None, :, None], 0) for x in (q, k, v))

@@ -20,6 +20,7 @@ from torch import Tensor
 from zoo.errors import ConfigError
 from zoo.ops import chunks, fla
 from zoo.ops.backends import dispatch, no_autocast, register_backend
+from zoo.ops.stepwise import leaves_torch, repeat_step
 
 OP = "linear_recurrence"
 
@@ -88,7 +89,8 @@ def _check_state(initial: Tensor | None, k_BGLK: Tensor, v_BGLV: Tensor, normali
 
 def _check_decay(log_decay: Tensor | None, k_BGLK: Tensor) -> None:
     B, G, L, K = k_BGLK.shape
-    if log_decay is not None and tuple(log_decay.shape) not in {(G,), (B, G, L), (B, G, L, K)}:
+    shapes = {1: (G,), 3: (B, G, L), 4: (B, G, L, K)}
+    if log_decay is not None and tuple(log_decay.shape) != shapes.get(log_decay.ndim):
         wanted = f"({G},), ({B}, {G}, {L}) or ({B}, {G}, {L}, {K})"
         raise ConfigError(f"{OP}: log_decay must be None, {wanted}; got {tuple(log_decay.shape)}")
 
@@ -155,6 +157,22 @@ def _kernel(q_BHLK, k_BGLK, v_BGLV, log_decay, initial, scale: float, eps: float
     if eps is None:
         return y, state
     return y[..., :V] / y[..., V : V + 1].float().clamp(min=eps), state[..., : V + 1]
+
+
+@register_backend(OP, "scan", usable=leaves_torch)
+def _by_steps(q_BHLK, k_BGLK, v_BGLV, log_decay, initial, scale: float, eps: float | None, chunk, starts_BL):
+    """Step by step, for graphs that leave torch."""
+    (B, G, _, K), dtype = k_BGLK.shape, chunks.sum_dtype(q_BHLK, k_BGLK, v_BGLV)
+    state = k_BGLK.new_zeros(B, G, K, v_BGLV.shape[-1] + (eps is not None), dtype=dtype) if initial is None else initial
+    decays, R = () if log_decay is None else (log_decay,), q_BHLK.shape[1] // G
+    inputs = tuple(x.to(dtype) for x in (q_BHLK, k_BGLK, v_BGLV))
+
+    def step(state, q, k, v, *decay):
+        return _step(q, k, v, decay[0] if decay else None, state, R, scale, eps)
+
+    if log_decay is not None and log_decay.ndim == 1:
+        return repeat_step(step, state, inputs, 2, decays)
+    return repeat_step(step, state, (*inputs, *decays), 2)
 
 
 @register_backend(OP, "torch")

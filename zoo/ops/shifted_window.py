@@ -151,7 +151,7 @@ def _in_windows(
     if not (rows.plain and columns.plain and mask_BL is None):
         real_BNC = real_NC if mask_BL is None else real_NC & mask_BL[:, index_NC]
         seen_BNCC = _seen(_by_window(rows.part_P, columns.part_P, sides), real_BNC)
-        bias = bias.masked_fill(~seen_BNCC.expand(len(q_BHLK), N, C, C).flatten(0, 1)[:, None], -torch.inf)
+        bias = bias.masked_fill(~seen_BNCC.expand(q_BHLK.shape[0], N, C, C).flatten(0, 1)[:, None], -torch.inf)
     if special:
         k, v = (torch.cat([x[:, :, :special].repeat_interleave(N, 0), y], 2) for x, y in ((k_BHLK, k), (v_BHLV, v)))
         bias = F.pad(bias, (special, 0))

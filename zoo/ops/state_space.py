@@ -13,6 +13,7 @@ Shapes: B batch, L positions, E channels, N states (pairs) of a channel, n block
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,25 +21,28 @@ from torch import Tensor
 from zoo.errors import ConfigError
 from zoo.ops.backends import no_autocast
 from zoo.ops.long_conv import long_conv
+from zoo.ops.pairs import Pairs, from_pairs, log1p, to_pairs, where
+from zoo.ops.stepwise import repeat_step
 
 OP = "diagonal_ssm"
 
 
 def diagonal_ssm(
     x_BLE: Tensor,
-    log_z_EN: Tensor,
-    c_EN: Tensor,
+    log_z_EN: Any,
+    c_EN: Any,
     back_c_EN: Tensor | None = None,
     *,
-    initial: Tensor | None = None,
+    initial: Any = None,
     final: bool = False,
     mask_BL: Tensor | None = None,
     segments_BL: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """h_t = z h_{t-1} + x_t, y_t = 2 Re(c . h_t): a convolution for a sequence, the recurrence for a single step.
 
     Args:
-        x_BLE: inputs, real. log_z_EN, c_EN: complex; the real part of log z is <= 0.
+        x_BLE: inputs, real. log_z_EN, c_EN: complex; the real part of log z is <= 0. With a state they may be `Pairs`,
+            as `initial` is then.
         back_c_EN: the two-sided form: the same states run backwards and are read, before they take in x_t, with this.
         initial: the state (B, E, N), complex, to start from. final: also return the state behind the last step.
         mask_BL: bool, True for real tokens. A masked position is an identity step whatever it holds; its output is 0.
@@ -54,15 +58,17 @@ def diagonal_ssm(
     carries = final or initial is not None
     if carries and (segments_BL is not None or back_c_EN is not None):
         raise ConfigError(f"{OP}: packed segments and the two-sided form have no state to carry")
-    if log_z_EN.ndim != 2 or len(log_z_EN) != E or c_EN.shape != log_z_EN.shape:
+    if log_z_EN.ndim != 2 or log_z_EN.shape[0] != E or c_EN.shape != log_z_EN.shape:
         raise ConfigError(
             f"{OP}: z and c must be ({E}, N) for {E} channels; got {tuple(log_z_EN.shape)} and {tuple(c_EN.shape)}"
         )
     if initial is not None and initial.shape != (B, *log_z_EN.shape):
         raise ConfigError(f"{OP}: the initial state must be {(B, *log_z_EN.shape)}; got {tuple(initial.shape)}")
     with no_autocast(x_BLE):
-        if L == 1 and initial is not None:
-            return _step(x_BLE, log_z_EN, c_EN, initial, final, mask_BL)
+        if initial is not None and (L == 1 or isinstance(initial, Pairs)):
+            z_EN = _powers(log_z_EN, torch.ones(1), c_EN.dtype)[..., 0]
+            y_BLE, state = _steps(x_BLE.to(c_EN.dtype.to_real()), z_EN, c_EN, initial.to(c_EN.dtype), mask_BL)
+            return y_BLE.to(x_BLE.dtype), state if final else None
         back_EL = None if back_c_EN is None else response(back_c_EN, log_z_EN, L)
         y_BLE = long_conv(
             x_BLE.to(c_EN.real.dtype), response(c_EN, log_z_EN, L), back_EL, mask_BL=mask_BL, segments_BL=segments_BL
@@ -73,7 +79,7 @@ def diagonal_ssm(
     return y_BLE.to(x_BLE.dtype), state
 
 
-def discretize(dt_E: Tensor, A_EN: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+def discretize(dt_E: Tensor, A_EN: Any, rule: str) -> tuple[Any, Any]:
     """log z and the factor of the inputs, both complex (E, N), of h' = A h + x in steps of dt.
 
     rule: "zoh" holds the input for a step, z = e^{dt A}; "bilinear" is the trapezoidal rule.
@@ -81,7 +87,7 @@ def discretize(dt_E: Tensor, A_EN: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     dt_E1, dtA_EN = dt_E[:, None], A_EN * dt_E[:, None]
     if rule == "zoh":
         return dtA_EN, (dtA_EN.exp() - 1) / A_EN
-    return torch.log1p(dtA_EN / 2) - torch.log1p(-dtA_EN / 2), dt_E1 / (1 - dtA_EN / 2)
+    return log1p(dtA_EN / 2) - log1p(-dtA_EN / 2), dt_E1 / (1 - dtA_EN / 2)
 
 
 def response(c_EN: Tensor, log_z_EN: Tensor, length: int, start: int = 0) -> Tensor:
@@ -95,9 +101,9 @@ def response(c_EN: Tensor, log_z_EN: Tensor, length: int, start: int = 0) -> Ten
     return 2 * (left @ right).flatten(-2)[..., :length]
 
 
-def _powers(log_z_EN: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+def _powers(log_z_EN: Any, exponents: Tensor, dtype: torch.dtype) -> Any:
     wide_EN1 = log_z_EN.to(torch.complex128)[..., None]
-    return (wide_EN1 * exponents.to(log_z_EN.device)).exp().to(dtype)
+    return (wide_EN1 * exponents.to(wide_EN1.real.device)).exp().to(dtype)
 
 
 def _blocks(length: int) -> tuple[int, int]:
@@ -135,15 +141,28 @@ def _final(x_BLE: Tensor, log_z_EN: Tensor, initial: Tensor | None, mask_BL: Ten
     return state + initial * (log_z_EN.to(torch.complex128) * length_B[:, None, None]).exp().to(dtype)
 
 
-def _step(x_B1E, log_z_EN, c_EN, initial, final: bool, mask_B1) -> tuple[Tensor, Tensor | None]:
-    z_EN = _powers(log_z_EN, torch.ones(1), c_EN.dtype)[..., 0]
-    state = initial.to(c_EN.dtype) * z_EN + x_B1E.mT
+def _steps(x_BLE: Tensor, z_EN: Any, c_EN: Any, initial: Any, mask_BL: Tensor | None) -> tuple[Tensor, Any]:
+    """The recurrence over one position, or over all of them in a graph that leaves torch."""
+    if x_BLE.shape[1] == 1:
+        return _step(initial, x_BLE, mask_BL, z_EN, c_EN)
+
+    def step(state_BEN2: Tensor, x_B1E: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        *mask_B1, z_EN2, c_EN2 = rest
+        before, z_EN, c_EN = (from_pairs(x, True) for x in (state_BEN2, z_EN2, c_EN2))
+        y_B1E, state = _step(before, x_B1E, mask_B1[0] if mask_B1 else None, z_EN, c_EN)
+        return y_B1E, to_pairs(state)
+
+    inputs = (x_BLE,) if mask_BL is None else (x_BLE, mask_BL)
+    y_BLE, state = repeat_step(step, to_pairs(initial), inputs, 1, (to_pairs(z_EN), to_pairs(c_EN)))
+    return y_BLE, from_pairs(state, True)
+
+
+def _step(before: Any, x_B1E: Tensor, mask_B1: Tensor | None, z_EN: Any, c_EN: Any) -> tuple[Tensor, Any]:
+    state = before * z_EN + x_B1E.mT
     if mask_B1 is not None:
-        state = torch.where(mask_B1[..., None], state, initial.to(c_EN.dtype))
+        state = where(mask_B1[..., None], state, before)
     y_B1E = 2 * (state * c_EN).sum(-1).real[:, None]
-    if mask_B1 is not None:
-        y_B1E = y_B1E.masked_fill(~mask_B1[..., None], 0)
-    return y_B1E.to(x_B1E.dtype), state if final else None
+    return y_B1E if mask_B1 is None else y_B1E.masked_fill(~mask_B1[..., None], 0), state
 
 
 def hippo_legs(size: int, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

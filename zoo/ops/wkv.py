@@ -26,6 +26,7 @@ from zoo.ops import fla
 from zoo.ops.backends import dispatch, no_autocast, register_backend
 from zoo.ops.chunks import run_starts
 from zoo.ops.diagonal import _chunk_length, _scan_chunk, _scan_chunk_back
+from zoo.ops.stepwise import leaves_torch, repeat_step
 
 OP = "wkv"
 EMPTY = -1e30  # the exponent of a state that holds nothing
@@ -121,6 +122,17 @@ def _kernel(k, v, rate, bonus, state_B3E, mask_BL, segments_BL, chunk):
     log_rate = rate.clamp(min=torch.finfo(rate.dtype).tiny).log()  # it takes the exponent
     y, state = fused_recurrent_rwkv4(log_rate, bonus, k, v, state_B3E[:, :, None])
     return y, state[:, :, 0]
+
+
+@register_backend(OP, "scan", usable=lambda *x: leaves_torch() and x[6] is None)
+def _by_steps(k, v, rate, bonus, state_B3E, mask_BL, segments_BL, chunk: int | None):
+    """Step by step, for graphs that leave torch."""
+
+    def step(state_B3E, k_B1E, v_B1E, *rest):
+        *mask_B1, rate, bonus = rest
+        return _step(k_B1E[:, 0], v_B1E[:, 0], rate, bonus, state_B3E, mask_B1[0] if mask_B1 else None)
+
+    return repeat_step(step, state_B3E, (k, v) if mask_BL is None else (k, v, mask_BL), 1, (rate, bonus))
 
 
 @register_backend(OP, "torch")

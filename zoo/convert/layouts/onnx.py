@@ -1,19 +1,18 @@
-"""ONNX: a causal model as one step with its state as inputs and outputs, any other model as one pass.
+"""ONNX: a causal model as two graphs, of a prompt and of a step, any other model as one pass.
 
-A step takes `input_ids` and `attention_mask` (batch, 1) and every tensor of the state by name, and gives `logits`
-(batch, 1, vocabulary) and the new state under the same names with "new." in front. A masked token (0) changes nothing,
-so rows of different lengths are fed together, padded anywhere. Which axes are free, and the state before the first
-token, stand beside the graph in `zoo_onnx.json` and `initial_state.safetensors` (one row; repeat it for more).
+Both graphs of a causal model take `input_ids` and `attention_mask` and every tensor of the state by name, and give
+`logits` and the new state under the same names with "new." in front. `step.onnx` takes one token of each row, which is
+the cheapest way to decode; `prefill.onnx` takes as many as there are and gives the logits behind the last of each row.
+A masked token (0) changes nothing, so rows of different lengths are fed together, padded anywhere. The weights are in
+one file that both read. Which axes are free, and the state before the first token, stand beside the graphs in
+`zoo_onnx.json` and `initial_state.safetensors` (one row; repeat it for more).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,19 @@ from zoo.config import ZooConfig
 from zoo.convert.layouts.family import Family, register_family
 from zoo.convert.layouts.files import Checkpoint
 from zoo.convert.layouts.mapping import Entry
+from zoo.convert.layouts.onnx_graph import WEIGHTS, check, need_packages, save, trace
 from zoo.errors import ExportError
 from zoo.mixers.base import State
 from zoo.models.backbone import ZooPreTrainedModel
+from zoo.models.depth import DepthState, routed_blocks
 from zoo.models.state import state_cache
-from zoo.registry import list_mixers
+from zoo.ops.padding import right_align
+from zoo.registry import list_mixers, mixer_class
 
-FORMAT = 1
-_COMPLEX = ("s4", "s4d", "h3")  # their states are complex numbers, which ONNX has not
+FORMAT = 2
+FREE = torch.export.Dim.AUTO
+TRACED = 5  # rows in a trace: no size that models have, for sizes which are equal there are taken for one
+logger = logging.getLogger(__name__)
 
 
 @register_family
@@ -39,13 +43,13 @@ class Onnx(Family):
     """Any model that can be traced; read by onnxruntime and whatever else reads ONNX, not by this package."""
 
     layout = name = "onnx"
-    about = "ONNX graphs: one step with the state, or one pass"
+    about = "ONNX graphs: a prompt and a step with the state, or one pass"
     reads = False
 
     @property
     def mixers(self) -> tuple[str, ...]:  # type: ignore[override]
-        """All but those with complex states."""
-        return tuple(name for name in list_mixers() if name not in _COMPLEX)
+        """All of them."""
+        return tuple(list_mixers())
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         return False
@@ -57,15 +61,19 @@ class Onnx(Family):
         return iter(())
 
     def config(self, config: ZooConfig) -> dict[str, Any]:
-        if any(layer.depth is not None for layer in config.spec.layers):
-            raise ExportError("depth: which tokens take a block is decided while it runs, and a graph is fixed")
         return {"format": FORMAT, "task": config.task, "vocab_size": config.vocab_size}
 
     def write(self, model: Any, folder: Path, config: dict[str, Any], tokenizer: Any = None) -> None:
-        if config["task"] == "causal-lm":
-            config |= export_step(model, folder)
-        else:
-            config |= export_pass(model, folder)
+        need_packages()
+        try:
+            if config["task"] == "causal-lm" and model.base_model.is_causal:
+                config |= export_steps(model, folder)
+            else:
+                config |= export_pass(model, folder)
+        except ExportError:  # nothing stays that does not work
+            for name in ("step.onnx", "prefill.onnx", "model.onnx", WEIGHTS, "initial_state.safetensors"):
+                (folder / name).unlink(missing_ok=True)
+            raise
         (folder / "zoo_onnx.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -78,6 +86,7 @@ class Step(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Logits and the new state."""
+        _alike(input_ids, attention_mask, *tensors)
         layers: dict[int, dict[str, Tensor]] = {}
         lengths: dict[int, Any] = {}
         for name, tensor in zip(self.names, tensors, strict=True):
@@ -85,81 +94,32 @@ class Step(nn.Module):
             layers.setdefault(i, {})[part] = tensor
             if self.grows[name]:
                 lengths[i] = tensor.shape[self.grows[name][0]]
-        cache: Any = state_cache(1 + max(layers))
-        for i, found in layers.items():
-            cache.layers[i].set(State(found, lengths.get(i, 1)))
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
-        states = [cache.layers[i].state.tensors for i in range(1 + max(layers))]
+        base: Any = self.model.base_model
+        cache: Any = state_cache(max(1 + max(layers), len(base.layers)))
+        for i in range(len(cache.layers)):
+            state = State(layers.get(i, {}), lengths.get(i, 1))
+            routed = i < len(base.layers) and getattr(base.layers[i], "depth", None) is not None
+            cache.layers[i].set(DepthState({}, state.length, state) if routed else state)
+        out = self.run(input_ids, attention_mask, cache)
+        states = [_tensors(layer.state) for layer in cache.layers]
         return out.logits, *(states[i][part] for i, part in map(_split, self.names))
 
-
-def _split(name: str) -> tuple[int, str]:
-    i, _, part = name.partition(".")
-    return int(i), part
-
-
-@torch.no_grad()
-def export_step(model: ZooPreTrainedModel, folder: Path) -> dict[str, Any]:
-    """Write `step.onnx` and `initial_state.safetensors`; returns what `zoo_onnx.json` says of them."""
-    from safetensors.torch import save_file
-
-    model = model.eval()
-    state, grown = _states(model, 3), _states(model, 5)
-    grows = {k: [d for d in range(1, t.dim()) if t.shape[d] != grown[k].shape[d]] for k, t in state.items()}
-    start = _initial(model, state, grows)
-    free = torch.export.Dim.AUTO
-    axes = [{0: free, **dict.fromkeys(grows[name], free)} for name in state]
-    arguments = (torch.ones(2, 1, dtype=torch.long), torch.ones(2, 1, dtype=torch.long), *state.values())
-    names = ["input_ids", "attention_mask", *state]
-    _export(
-        Step(model, list(state), grows), arguments, ({0: free}, {0: free}, tuple(axes)), folder / "step.onnx", names,
-        ["logits", *(f"new.{name}" for name in state)],
-    )  # fmt: skip
-    save_file(start, folder / "initial_state.safetensors")
-    return {"graph": "step.onnx", "initial_state": "initial_state.safetensors", "inputs": names, "grows": grows}
+    def run(self, input_ids: Tensor, attention_mask: Tensor, cache: Any) -> Any:
+        """What the model makes of one token of each row."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
 
 
-def _states(model: ZooPreTrainedModel, length: int) -> dict[str, Tensor]:
-    """The state behind `length` tokens of two rows; one of them is masked, so that all parts of it are there."""
-    ids_BL, mask_BL = torch.arange(2 * length).view(2, length) % model.config.vocab_size, torch.ones(2, length)
-    mask_BL[0, 0] = 0
-    cache = model(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=True).past_key_values
-    return {f"{i}.{name}": t.clone() for i, layer in enumerate(cache.layers) for name, t in layer.state.tensors.items()}
+class Prefill(Step):
+    """Any number of tokens; the logits are those behind the last real token of each row."""
 
-
-def _initial(model: ZooPreTrainedModel, like: dict[str, Tensor], grows: dict[str, list[int]]) -> dict[str, Tensor]:
-    """The state before the first token, of one row."""
-    found: dict[str, Tensor] = {}
-    backbone: Any = model.base_model
-    for i, block in enumerate(backbone.layers):
-        state = block.init_state(1, device=model.device, dtype=model.dtype)
-        found |= {f"{i}.{name}": tensor for name, tensor in state.tensors.items()}
-    for name, tensor in like.items():
-        shape = [0 if d in grows[name] else n for d, n in enumerate(tensor.shape)]
-        made = found.get(name, torch.zeros(1, *shape[1:], dtype=tensor.dtype))
-        fits = all(d in grows[name] or a == b for d, (a, b) in enumerate(zip(made.shape, [1, *shape[1:]], strict=True)))
-        if not fits:
-            raise ExportError(f"the state {name} changes its shape while it runs, from {tuple(made.shape)}")
-        found[name] = made.contiguous()
-    return {name: found[name] for name in like}
-
-
-@torch.no_grad()
-def export_pass(model: ZooPreTrainedModel, folder: Path) -> dict[str, Any]:
-    """Write `model.onnx`, a whole pass with free batch size and length (images: free batch size)."""
-    model = model.eval()
-    free = torch.export.Dim.AUTO
-    image = model.config.spec.image
-    if image is not None:
-        inputs = {"pixel_values": torch.randn(2, image.channels, image.image_size, image.image_size)}
-        axes: tuple[dict[int, Any], ...] = ({0: free},)
-    else:
-        inputs = {"input_ids": torch.arange(14).view(2, 7) % model.config.vocab_size}
-        inputs["attention_mask"] = torch.ones(2, 7, dtype=torch.long)
-        axes = ({0: free, 1: free}, {0: free, 1: free})
-    path = folder / "model.onnx"
-    _export(Pass(model, list(inputs)), tuple(inputs.values()), axes, path, list(inputs), ["output"])
-    return {"graph": "model.onnx", "inputs": list(inputs)}
+    def run(self, input_ids: Tensor, attention_mask: Tensor, cache: Any) -> Any:
+        """What the model makes of the rows, whose padding is moved to the front."""
+        order_BL = right_align(attention_mask.bool())
+        input_ids, attention_mask = input_ids.gather(1, order_BL), attention_mask.gather(1, order_BL)
+        model: Any = self.model
+        return model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
 
 
 class Pass(nn.Module):
@@ -171,99 +131,166 @@ class Pass(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Logits or embeddings."""
+        _alike(*tensors)
         return self.model(**dict(zip(self.names, tensors, strict=True)))[0]
 
 
-def _export(module: nn.Module, arguments: tuple, axes: Any, path: Path, inputs: list[str], outputs: list[str]) -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ExportError(f"writing ONNX needs the package {error.name}: pip install 'zoo[onnx]'") from None
-    if isinstance(module, Pass):
-        axes = (axes,)
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                module.eval(), arguments, dynamo=True, dynamic_shapes=axes, input_names=inputs, output_names=outputs,
-                custom_translation_table=_translations(), verbose=False,
-            )  # fmt: skip
-    except Exception as error:  # the exporter's own kinds: a graph that cannot be made is the model's fault here
-        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(f"torch cannot make a graph of this model: {lines[0]}") from error
-    assert program is not None
-    _check_rows(program, module, arguments)
-    program.save(path)
+def _alike(inputs: Tensor, *others: Tensor) -> None:
+    """Tell the tracer that there are as many rows of everything, and as many places in the mask as tokens."""
+    for i, tensor in enumerate(others):
+        torch._check(tensor.shape[0] == inputs.shape[0])
+        if i == 0 and tensor.dim() == 2:
+            torch._check(tensor.shape[1] == inputs.shape[1])
 
 
-def _check_rows(program: Any, module: nn.Module, arguments: tuple) -> None:
-    """Raise ExportError where a graph has the two rows of the trace built in: three must come out as the model's."""
-    three = [torch.cat([t, t[:1]]) for t in arguments]
-    try:
-        got, expected = program.exported_program.module(check_guards=False)(*three), module(*three)
-    except (AssertionError, RuntimeError):
-        return  # torch also bounds sizes where it took one of two equal ways; onnxruntime knows no such bounds
-    one, other = (x if isinstance(x, Tensor) else x[0] for x in (got, expected))  # of a step: its logits
-    if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-3, atol=1e-4):
-        raise ExportError("the graph of this model gives other numbers for another number of rows")
+def _split(name: str) -> tuple[int, str]:
+    i, _, part = name.partition(".")
+    return int(i), part
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
+def _tensors(state: State) -> dict[str, Tensor]:
+    return state.inner.tensors if isinstance(state, DepthState) else state.tensors
+
+
+@torch.no_grad()
+def export_steps(model: ZooPreTrainedModel, folder: Path) -> dict[str, Any]:
+    """Write the graphs of a step and of a prompt, and `initial_state.safetensors`; returns what their user must know.
+
+    A model whose prompts cannot be traced gets the graph of a step alone, and the reason is kept.
+    """
+    from safetensors.torch import save_file
+
+    model = model.eval()
+    state, grown = _states(model, TRACED, 3), _states(model, TRACED, 5)
+    grows = {k: [d for d in range(1, t.dim()) if t.shape[d] != grown[k].shape[d]] for k, t in state.items()}
+    start = _initial(model, state, grows)
+    names, outputs = ["input_ids", "attention_mask", *state], ["logits", *(f"new.{name}" for name in state)]
+    modules = {"step.onnx": Step(model, list(state), grows), "prefill.onnx": Prefill(model, list(state), grows)}
+
+    def traced(name: str, length: int) -> Any:
+        free = {0: FREE, 1: FREE} if length > 1 else {0: FREE}
+        axes = (free, free, tuple({0: FREE, **dict.fromkeys(grows[name], FREE)} for name in state))
+        return trace(modules[name], (*_tokens(model, TRACED, length), *state.values()), axes, names, outputs)
+
+    def tried(name: str, *sizes: tuple[int, int]) -> None:
+        begins = [[t.repeat(rows, *[1] * (t.dim() - 1)) for t in start.values()] for rows, _ in sizes]
+        examples = [(*_tokens(model, *size), *begin) for size, begin in zip(sizes, begins, strict=True)]
+        later = [t.contiguous() for t in _states(model, 3, 7).values()]
+        check(folder / name, modules[name], names, [*examples, (*_tokens(model, 3, sizes[0][1]), *later)])
+
+    why, programs = None, {"step.onnx": traced("step.onnx", 1)}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        _refuse_whole_choices(model)
+        programs["prefill.onnx"] = traced("prefill.onnx", 11)
+    except ExportError as error:
+        why = str(error)
+    save(programs, folder)
+    save_file(start, folder / "initial_state.safetensors")
+    tried("step.onnx", (1, 1))
+    try:
+        if why is None:
+            tried("prefill.onnx", (1, 2), (2, _longer(model, 150)))
+    except ExportError as error:
+        (folder / "prefill.onnx").unlink()
+        why = str(error)
+    told = {"graph": "step.onnx", "prefill": "prefill.onnx" if why is None else None, "inputs": names, "grows": grows}
+    if why is not None:
+        logger.warning("no graph for whole prompts, feed them token by token: %s", why)
+        told["why_no_prefill"] = why
+    return {**told, "initial_state": "initial_state.safetensors"}
+
+
+def _refuse_whole_choices(model: Any) -> None:
+    for i, layer in enumerate(model.config.spec.layers):
+        cls: Any = mixer_class(layer.mixer.name)
+        if cls.traits.splits != "anywhere":
+            raise ExportError(
+                f"who sees whom in layers.{i} ({layer.mixer.name}) depends on the whole prompt, not on a state; "
+                "step.onnx takes it token by token, as this model decodes in torch"
+            )
+
+
+def _tokens(model: ZooPreTrainedModel, rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Token ids, and a mask that hides some of them in every second row (all other rows are whole)."""
+    ids_BL = (7 * torch.arange(rows * length).view(rows, length) + 3) % model.config.vocab_size
+    mask_BL = torch.ones_like(ids_BL)
+    mask_BL[1::2, : length // 3] = 0
+    return ids_BL.to(model.device), mask_BL.to(model.device)
+
+
+def _longer(model: ZooPreTrainedModel, length: int) -> int:
+    """`length`, or less where the model has fewer positions (half of them, for there may be a state already)."""
+    config: Any = model.config
+    limits = [getattr(layer.mixer, "max_length", None) for layer in config.spec.layers]
+    limits += [config.max_position_embeddings if config.positions == "learned" else None]
+    return min([length, *(n for n in limits if n is not None)])
+
+
+def _states(model: ZooPreTrainedModel, rows: int, length: int) -> dict[str, Tensor]:
+    """The state behind `length` tokens of some rows; one of them is masked, so that all parts of it are there."""
+    ids_BL, mask_BL = _tokens(model, rows, length)
+    mask_BL[0, 0] = 0
+    for block in routed_blocks(model):
+        block.as_padding = True
+    try:
+        cache: Any = model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=True).past_key_values
     finally:
-        logging.disable(level)
-
-
-def _translations() -> dict[Any, Callable]:
-    """Operators that torch's exporter does not know."""
-    aten = torch.ops.aten
+        for block in routed_blocks(model):
+            block.as_padding = False
     return {
-        aten.cummax.default: _cummax, aten.sort.stable: _stable_sort, aten.searchsorted.Tensor: _searchsorted,
-    }  # fmt: skip
+        f"{i}.{name}": t.clone() for i, layer in enumerate(cache.layers) for name, t in _tensors(layer.state).items()
+    }
 
 
-def _searchsorted(line: Any, values: Any, out_int32: bool = False, right: bool = False, **unused: Any) -> Any:
-    """How many numbers of a sorted line are below each value, or not above it."""
-    op = _opset()
-    last = op.Constant(value_ints=[-1])
-    compare = op.LessOrEqual if right else op.Less
-    below = op.Cast(compare(line, op.Unsqueeze(values, last)), to=6 if out_int32 else 7)  # int32, int64
-    return op.ReduceSum(below, last, keepdims=0)
+def _initial(model: ZooPreTrainedModel, like: dict[str, Tensor], grows: dict[str, list[int]]) -> dict[str, Tensor]:
+    """The state before the first token, of one row.
+
+    Where meta tokens come before it, or windows are full by then, that is the state behind tokens of padding.
+    """
+    found: dict[str, Tensor] = {}
+    backbone: Any = model.base_model
+    for i, block in enumerate(backbone.layers):
+        state = block.init_state(1, device=model.device, dtype=model.dtype)
+        found |= {f"{i}.{name}": tensor for name, tensor in _tensors(state).items()}
+    for name, tensor in like.items():  # masks and counts, which come with the first padding
+        shape = [0 if d in grows[name] else n for d, n in enumerate(tensor.shape)]
+        found.setdefault(name, torch.zeros(1, *shape[1:], dtype=tensor.dtype, device=tensor.device))
+    if model.config.meta_tokens or any(not _fits(found[n], t, grows[n]) for n, t in like.items()):
+        nothing_BL = torch.zeros(1, 3, dtype=torch.long, device=model.device)
+        cache: Any = model(input_ids=nothing_BL, attention_mask=nothing_BL, use_cache=True).past_key_values
+        found = {f"{i}.{n}": t for i, layer in enumerate(cache.layers) for n, t in _tensors(layer.state).items()}
+    for name, tensor in like.items():
+        if not _fits(found[name], tensor, grows[name]):
+            raise ExportError(
+                f"the state {name} starts as {tuple(found[name].shape)} and becomes {(1, *tensor.shape[1:])} while the "
+                "model runs; a graph needs one shape from the first token on. Keep this model in torch"
+            )
+    return {name: found[name].contiguous() for name in like}
 
 
-def _opset() -> Any:
-    import onnxscript
-
-    return onnxscript.opset18
-
-
-def _cummax(x: Any, dim: int) -> Any:
-    """The largest so far along an axis, and where it stood: all pairs, of which the later ones count as the lowest."""
-    op = _opset()
-    rank, whole = len(x.shape), not x.dtype.is_floating_point()
-    order = [d for d in range(rank) if d != dim % rank] + [dim % rank]
-    back = [order.index(d) for d in range(rank)]
-    x = op.Transpose(x, perm=order)
-    n = op.Squeeze(op.Shape(x, start=rank - 1, end=rank), op.Constant(value_ints=[0]))
-    index = op.Range(op.Constant(value_int=0), n, op.Constant(value_int=1))
-    one, two = op.Constant(value_ints=[-1]), op.Constant(value_ints=[-2])
-    seen = op.LessOrEqual(op.Unsqueeze(index, op.Constant(value_ints=[0])), op.Unsqueeze(index, one))
-    lowest = op.CastLike(op.Constant(value_int=-(2**31)) if whole else op.Constant(value_float=-math.inf), x)
-    pairs = op.Where(seen, op.Unsqueeze(x, two), lowest)
-    values = op.Transpose(op.ReduceMax(pairs, one, keepdims=0), perm=back)
-    places = op.Transpose(op.ArgMax(pairs, axis=-1, keepdims=0, select_last_index=1), perm=back)
-    return values, places
+def _fits(start: Tensor, later: Tensor, grows: list[int]) -> bool:
+    """Whether a state of one row has the sizes that it has later, but for those that grow."""
+    return all(d in grows or a == b for d, (a, b) in enumerate(zip(start.shape, later.shape, strict=True)) if d)
 
 
-def _stable_sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-    """TopK of all, whose ties keep their order."""
-    op = _opset()
-    rank = len(x.shape)
-    n = op.Shape(x, start=dim % rank, end=dim % rank + 1)
-    return op.TopK(x, n, axis=dim % rank, largest=int(descending), sorted=1)
+@torch.no_grad()
+def export_pass(model: ZooPreTrainedModel, folder: Path) -> dict[str, Any]:
+    """Write `model.onnx`, a whole pass with free batch size and length (images: free batch size)."""
+    model = model.eval()
+    image = model.config.spec.image
+
+    def inputs(rows: int, length: int) -> tuple[Tensor, ...]:
+        if image is None:
+            return _tokens(model, rows, length)
+        pixels = torch.linspace(-1, 1, rows * image.channels * image.image_size**2, device=model.device)
+        return (pixels.view(rows, image.channels, image.image_size, -1).to(model.dtype),)
+
+    names = ["pixel_values"] if image is not None else ["input_ids", "attention_mask"]
+    axes = ({0: FREE},) if image is not None else ({0: FREE, 1: FREE},) * 2
+    module = Pass(model, names)
+    longer = _longer(model, 150)
+    # Long enough that there are several of whatever blocks and chunks there are: one of something is never free.
+    example = inputs(TRACED, _longer(model, 301))
+    save({"model.onnx": trace(module, example, (axes,), names, ["output"])}, folder)
+    check(folder / "model.onnx", module, names, [inputs(3, 5), inputs(1, longer)])
+    return {"graph": "model.onnx", "inputs": names}
