@@ -14,7 +14,6 @@ import zoo
 from zoo.errors import ConfigError
 from zoo.mixers.rwkv7 import RWKV7, RWKV7Config
 from zoo.ops.generalized_delta import generalized_delta_rule
-from zoo.registry import list_models
 from zoo.testing import check_mixer
 
 
@@ -83,7 +82,7 @@ PARAMETERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [n for n in list_models("rwkv7-*") if not n.endswith("-tiny")])
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_sizes_are_those_of_the_released_models(name):
     backbone, inner = parameters(name)
     config = zoo.registry.model_config(name)
