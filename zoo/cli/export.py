@@ -28,6 +28,8 @@ def export(
             from zoo.cli.common import load_tokenizer
 
             tokenizer = load_tokenizer(folder)
+        if layout == "onnx":
+            say("making graphs: torch needs several seconds a layer for each")
         family = export_model(load_folder(folder), layout, out, tokenizer=tokenizer, overwrite=overwrite)
     if as_json:
         print_json({"layout": family.layout, "family": family.name, "class": family.about, "out": str(out)})

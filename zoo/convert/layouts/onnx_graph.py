@@ -40,7 +40,7 @@ def trace(module: nn.Module, arguments: tuple, axes: Any, inputs: list[str], out
             program = torch.export.export(module.eval(), arguments, dynamic_shapes=axes)
             return torch.onnx.export(
                 program, input_names=inputs, output_names=outputs, custom_translation_table=translations(),
-                dynamo=True, verbose=False,
+                dynamo=True, verbose=False, optimize=False,
             )  # fmt: skip
     except Exception as error:  # the exporter's own kinds: a graph that cannot be made is the model's fault here
         cause: BaseException = error
