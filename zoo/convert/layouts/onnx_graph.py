@@ -73,6 +73,8 @@ def save(programs: dict[str, Any], folder: Path) -> None:
         for value in values:
             value.const_value = tensor
     for name, program in programs.items():
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # the lines of torch that each came from, most of the file
         ir.save(program.model, folder / name)
 
 
