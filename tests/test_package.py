@@ -86,7 +86,7 @@ def test_every_third_party_import_is_declared():
     declared = {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "accelerate", "datasets"}
     declared |= {"pydantic", "yaml", "typer", "rich", "numpy"}  # core
     declared |= {"gguf", "matplotlib", "timm", "PIL", "flash_attn", "causal_conv1d", "fla"}  # extras
-    declared |= {"onnx", "onnxscript"}
+    declared |= {"onnx", "onnx_ir", "onnxruntime", "onnxscript"}
     declared |= {"pyarrow", "pandas", "triton"}  # come with datasets and torch
     found = set()
     for path in [*(ROOT / "zoo").rglob("*.py"), *(ROOT / "train").rglob("*.py")]:
@@ -111,7 +111,7 @@ def test_import_is_cheap():
     code = "import time, torch; start = time.process_time(); import zoo; print(time.process_time() - start)"
     assert statistics.median(float(python(code)) for _ in range(3)) < 1.5
     extras = {"gguf", "timm", "flash_attn", "mamba_ssm", "fla", "lm_eval", "torchao", "peft", "matplotlib", "datasets"}
-    extras |= {"onnx", "onnxscript", "onnxruntime"}
+    extras |= {"onnx", "onnx_ir", "onnxscript", "onnxruntime"}
     code = "import sys, zoo; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     assert not extras & set(python(code).split())
 
