@@ -46,7 +46,7 @@ def all_parts():
 
 CAUSAL = [name for name in all_parts() if model_config(name).task == "causal-lm"]
 WHOLE = [name for name in all_parts() if name not in CAUSAL]
-REFUSED = ["big-bird-tiny", "reformer-encoder-tiny"]  # their short rows cannot run: see docs/weights.md
+REFUSED = ["big-bird-tiny", "reformer-encoder-tiny"]  # their graphs stop at other lengths: see docs/weights.md
 NEED_ALL_LAYERS = ["early-exit-tiny", "hymba-tiny"]  # whose layers name others
 STEP_ONLY = {"reformer-tiny": "depends on the whole prompt"}
 
